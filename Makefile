@@ -1,0 +1,51 @@
+# The commands of this project; `make help` lists them. All they need is Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# No packages come from anywhere but the locked files, and each is checked against its hash.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
+
+.PHONY: help run test test-all check lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/run ## serve on 127.0.0.1:8000, with the settings in .env
+	@exec $(BIN)/python -m service
+
+test: $(VENV)/dev ## the tests that need nothing but Python
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -m "not slow"
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+test-all: $(VENV)/dev ## the tests that take real servers or many minutes
+	@$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/dev ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy .
+
+lock: ## write requirements*.txt anew from pyproject.toml; needs uv
+	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url pyproject.toml -o requirements.txt
+	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --group test --group check -c requirements.txt -o requirements-dev.txt
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Each stamp is newer than its lock file once that is installed; a second call finds nothing to do.
+$(VENV)/run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "chat-sidecar needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked requirements into $(VENV) ..."
+	@$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/run requirements-dev.txt
+	@echo "Installing the test tools ..."
+	@$(INSTALL) -r requirements-dev.txt
+	@touch $@

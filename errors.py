@@ -1,0 +1,204 @@
+"""Every way a request can fail: whose fault it is, its status, its code, whether to try again.
+
+    ServiceError
+    ├── CallerError                     the request has to change
+    │   ├── InvalidJSON            400
+    │   ├── InvalidAPIKey          401
+    │   ├── NotFound               404
+    │   ├── MethodNotAllowed       405
+    │   ├── RequestTimeout         408
+    │   ├── BodyTooLarge           413
+    │   ├── UnsupportedMediaType   415
+    │   ├── InvalidRequest         422  names the fields
+    │   ├── ContextTooLong         422  as the provider says
+    │   ├── ContentRefused         422  as the provider says
+    │   ├── RateLimited            429
+    │   └── TooManyStreams         429
+    ├── ProviderError                   the provider, or the way to it
+    │   ├── UpstreamError          502
+    │   ├── UpstreamIncomplete     502
+    │   ├── UpstreamUnavailable    503
+    │   └── UpstreamTimeout        504
+    └── OurError                        this service
+        ├── InternalError          500
+        └── Overloaded             503
+
+An error's message is for the caller and says what to change. It never holds a provider's text, a
+key, or the caller's own message.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel
+
+Code = Literal[
+    "invalid_json",
+    "invalid_api_key",
+    "not_found",
+    "method_not_allowed",
+    "request_timeout",
+    "body_too_large",
+    "unsupported_media_type",
+    "invalid_request",
+    "context_too_long",
+    "content_refused",
+    "rate_limited",
+    "too_many_streams",
+    "upstream_error",
+    "upstream_incomplete",
+    "upstream_unavailable",
+    "upstream_timeout",
+    "internal_error",
+    "overloaded",
+]
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field of the request."""
+
+    field: str
+    message: str
+
+
+class ErrorDetail(BaseModel):
+    """`retry_after` is in seconds."""
+
+    code: Code
+    message: str
+    retryable: bool
+    retry_after: int | None
+
+
+class InvalidRequestDetail(ErrorDetail):
+    """What invalid_request adds: at most ten fields."""
+
+    fields: list[FieldProblem]
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error; `id` is the request id."""
+
+    error: InvalidRequestDetail | ErrorDetail
+    id: str
+
+
+class ServiceError(Exception):
+    """Base of all; only its leaves are raised."""
+
+    status: ClassVar[int]
+    code: ClassVar[Code]
+    retryable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.headers = headers or {}
+        if retryable is not None:
+            self.retryable = retryable
+
+    def detail(self) -> ErrorDetail:
+        return ErrorDetail(
+            code=self.code,
+            message=self.message,
+            retryable=self.retryable,
+            retry_after=self.retry_after,
+        )
+
+
+class CallerError(ServiceError):
+    pass
+
+
+class InvalidJSON(CallerError):
+    status, code = 400, "invalid_json"
+
+
+class InvalidAPIKey(CallerError):
+    status, code = 401, "invalid_api_key"
+
+
+class NotFound(CallerError):
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(CallerError):
+    status, code = 405, "method_not_allowed"
+
+
+class RequestTimeout(CallerError):
+    status, code, retryable = 408, "request_timeout", True
+
+
+class BodyTooLarge(CallerError):
+    status, code = 413, "body_too_large"
+
+
+class UnsupportedMediaType(CallerError):
+    status, code = 415, "unsupported_media_type"
+
+
+class InvalidRequest(CallerError):
+    status, code = 422, "invalid_request"
+
+    def __init__(self, fields: list[FieldProblem]) -> None:
+        super().__init__("; ".join(f"{f.field} {f.message}" for f in fields))
+        self.fields = fields
+
+    def detail(self) -> InvalidRequestDetail:
+        return InvalidRequestDetail(**super().detail().model_dump(), fields=self.fields)
+
+
+class ContextTooLong(CallerError):
+    status, code = 422, "context_too_long"
+
+
+class ContentRefused(CallerError):
+    status, code = 422, "content_refused"
+
+
+class RateLimited(CallerError):
+    status, code, retryable = 429, "rate_limited", True
+
+
+class TooManyStreams(CallerError):
+    status, code, retryable = 429, "too_many_streams", True
+
+
+class ProviderError(ServiceError):
+    pass
+
+
+class UpstreamError(ProviderError):
+    status, code = 502, "upstream_error"
+
+
+class UpstreamIncomplete(ProviderError):
+    status, code, retryable = 502, "upstream_incomplete", True
+
+
+class UpstreamUnavailable(ProviderError):
+    status, code, retryable = 503, "upstream_unavailable", True
+
+
+class UpstreamTimeout(ProviderError):
+    status, code, retryable = 504, "upstream_timeout", True
+
+
+class OurError(ServiceError):
+    pass
+
+
+class InternalError(OurError):
+    status, code = 500, "internal_error"
+
+
+class Overloaded(OurError):
+    status, code, retryable = 503, "overloaded", True

@@ -1,0 +1,174 @@
+"""Who is asking, how often they may, and how many answers they may have open.
+
+The bucket's arithmetic is in whole numbers and knows no clock. `Limiter` keeps a bucket for each
+caller in this process; `Streams` counts open answers. Neither waits: there is room, or an error.
+"""
+
+import hashlib
+import heapq
+import hmac
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+from errors import Overloaded, TooManyStreams
+from settings import ApiKey, Rate
+
+MICROSECONDS = 1_000_000
+# 350 bytes a bucket: 50,000 addresses are under 20 MB, in a container that is given 128.
+MAX_BUCKETS = 50_000
+
+
+class Caller(NamedTuple):
+    """A key's name, or an address. `owner` tells the two apart, whatever a key is called."""
+
+    kind: Literal["key", "anonymous"]
+    name: str
+
+    @property
+    def owner(self) -> str:
+        return f"{self.kind}:{self.name}"
+
+
+def find_key(presented: str, keys: Sequence[ApiKey]) -> Caller | None:
+    """The caller whose key this is. All keys are compared, each in constant time, so that neither
+    the time nor the place of a match tells anything about a key."""
+    digest = hashlib.sha256(presented.encode()).digest()
+    found = None
+    for key in keys:
+        if hmac.compare_digest(key.digest, digest):
+            found = Caller("key", key.name)
+    return found
+
+
+def by_address(host: str | None) -> Caller:
+    """The anonymous caller at `host`: IPv4 whole, IPv6 by its /64, which one customer is given;
+    what is no address at all (a Unix socket, a proxy's `unknown`) shares one name."""
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return Caller("anonymous", "unknown")
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return Caller("anonymous", str(ipaddress.IPv6Network((int(address), 64), strict=False)))
+        address = address.ipv4_mapped
+    return Caller("anonymous", str(address))
+
+
+class Bucket(NamedTuple):
+    """A token bucket, counted in shares: a token is `seconds * MICROSECONDS` shares and every
+    microsecond brings `limit` of them, so a full bucket refills in `seconds`. All whole numbers:
+    nothing is rounded, here or where a double holds them (to 2**53)."""
+
+    shares: int
+    at: int
+
+
+class Verdict(NamedTuple):
+    """What the bucket said. `wait` is the time until one more token is in it, in whole seconds,
+    rounded up: `t` of the RateLimit header, and Retry-After where nothing was left."""
+
+    allowed: bool
+    remaining: int
+    wait: int
+
+
+def take(bucket: Bucket | None, rate: Rate, now: int) -> tuple[Bucket, Verdict]:
+    """Take one token at `now`, in microseconds of a clock that never goes back. A caller without a
+    bucket has a full one."""
+    token = rate.seconds * MICROSECONDS
+    full = rate.limit * token
+    shares = full
+    if bucket is not None:
+        shares = min(full, bucket.shares + max(0, now - bucket.at) * rate.limit)
+    allowed = shares >= token
+    if allowed:
+        shares -= token
+    missing = token - shares % token
+    wait = -(-missing // (rate.limit * MICROSECONDS))
+    return Bucket(shares, now), Verdict(allowed, shares // token, wait)
+
+
+def full_at(bucket: Bucket, rate: Rate) -> int:
+    """When the bucket is full again, and so says no more than no bucket at all."""
+    missing = rate.limit * rate.seconds * MICROSECONDS - bucket.shares
+    return bucket.at + -(-missing // rate.limit)
+
+
+class Limiter:
+    """A bucket for each caller, of one rate. Full ones are forgotten; when `max_buckets` are in use
+    the fullest goes first, so memory is bounded however many addresses come."""
+
+    def __init__(
+        self, rate: Rate, clock: Callable[[], int], max_buckets: int = MAX_BUCKETS
+    ) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._max_buckets = max_buckets
+        self._buckets: dict[str, Bucket] = {}
+        # One entry a bucket, (a time at which it was not yet full, its caller). Taking a token puts
+        # that time off; the entry learns of it when it comes to the top.
+        self._due: list[tuple[int, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    async def take(self, caller: Caller) -> Verdict:
+        """One token of the caller's bucket."""
+        now = self._clock()
+        known = self._buckets.get(caller.owner)
+        if known is None:
+            self._make_room(now)
+        bucket, verdict = take(known, self.rate, now)
+        self._buckets[caller.owner] = bucket
+        if known is None:
+            heapq.heappush(self._due, (full_at(bucket, self.rate), caller.owner))
+        return verdict
+
+    def _make_room(self, now: int) -> None:
+        while self._due and (self._due[0][0] <= now or len(self._buckets) >= self._max_buckets):
+            due, owner = self._due[0]
+            later = full_at(self._buckets[owner], self.rate)
+            if later > due:
+                heapq.heapreplace(self._due, (later, owner))
+            else:
+                heapq.heappop(self._due)
+                del self._buckets[owner]
+
+
+class Streams:
+    """How many answers are open in this process, in all and for each caller."""
+
+    def __init__(self, limit: int, limit_per_caller: int) -> None:
+        self._limit = limit
+        self._limit_per_caller = limit_per_caller
+        self._open: Counter[str] = Counter()
+        self.open = 0
+
+    @contextmanager
+    def slot(self, caller: Caller) -> Iterator[None]:
+        """Room for one answer while the block runs. Raises Overloaded or TooManyStreams."""
+        if self.open >= self._limit:
+            raise Overloaded(
+                "All answers that this server may write at once are being written."
+                " Try again in a second.",
+                retry_after=1,
+            )
+        # A key stands for an application and its users, an address for one of them.
+        allowed = self._limit_per_caller * (10 if caller.kind == "key" else 1)
+        if self._open[caller.owner] >= allowed:
+            raise TooManyStreams(
+                f"You have {allowed} answers open, as many as you may. End one first.",
+                retry_after=1,
+            )
+        self.open += 1
+        self._open[caller.owner] += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+            self._open[caller.owner] -= 1
+            if not self._open[caller.owner]:
+                del self._open[caller.owner]

@@ -1,0 +1,139 @@
+"""A client on a plain socket, which can do what a well-behaved one never would."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import h11
+
+JSON = {"content-type": "application/json"}
+
+
+class Reply:
+    """An answer as it arrives: status and headers at once, then event by event or all of it."""
+
+    def __init__(self, client: "Client", head: h11.Response) -> None:
+        self._client = client
+        self.status = head.status_code
+        self.headers = {name.decode(): value.decode() for name, value in head.headers}
+        self._buffer = b""
+        self.ended = False
+
+    async def block(self) -> str | None:
+        """The next event or comment as it stands, without its blank line; None at the end."""
+        while b"\n\n" not in self._buffer:
+            if not await self._read():
+                assert self._buffer == b"", self._buffer
+                return None
+        block, _, self._buffer = self._buffer.partition(b"\n\n")
+        return block.decode()
+
+    async def event(self) -> Any:
+        """The next event's JSON, comments passed over; None at the end."""
+        while (block := await self.block()) is not None:
+            if not block.startswith(":"):
+                assert block.startswith("data: ")
+                assert "\n" not in block
+                return json.loads(block.removeprefix("data: "))
+        return None
+
+    async def events(self) -> list[Any]:
+        """All events that are still to come, to the end of the body."""
+        events = []
+        while (event := await self.event()) is not None:
+            events.append(event)
+        return events
+
+    async def body(self) -> bytes:
+        while await self._read():
+            pass
+        body, self._buffer = self._buffer, b""
+        return body
+
+    async def json(self) -> Any:
+        return json.loads(await self.body())
+
+    async def _read(self) -> bool:
+        if self.ended:
+            return False
+        part = await self._client.next_event()
+        if isinstance(part, h11.Data):
+            self._buffer += bytes(part.data)
+            return True
+        assert isinstance(part, h11.EndOfMessage), part
+        self.ended = True
+        self._client.reuse()
+        return False
+
+
+class Client:
+    """One connection to a service. `ask` sends a request and returns when the head of its answer is
+    there."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._http = h11.Connection(h11.CLIENT)
+
+    @classmethod
+    async def connect(cls, url: str, host: str | None = None) -> "Client":
+        """A connection to the service at `url`; from `host`, another loopback address, if given."""
+        parts = urlsplit(url)
+        local = (host, 0) if host else None
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port, local_addr=local))
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        fields = {"host": "localhost", **(headers or {})}
+        if body is not None and not {"content-length", "transfer-encoding"} & fields.keys():
+            fields["content-length"] = str(len(body))
+        request = h11.Request(method=method, target=path, headers=list(fields.items()))
+        self.writer.write(self._http.send(request) or b"")
+        if body:
+            self.writer.write(self._http.send(h11.Data(body)) or b"")
+        self.writer.write(self._http.send(h11.EndOfMessage()) or b"")
+        return await self.head()
+
+    async def chat(
+        self, message: str = "Hello", headers: Mapping[str, str] | None = None, **fields: object
+    ) -> Reply:
+        """POST /api/v1/chat with a well-formed body."""
+        body = json.dumps({"message": message, **fields}).encode()
+        return await self.ask("POST", "/api/v1/chat", body, {**JSON, **(headers or {})})
+
+    async def head(self) -> Reply:
+        """The head of the next answer."""
+        part = await self.next_event()
+        while isinstance(part, h11.InformationalResponse):
+            part = await self.next_event()
+        assert isinstance(part, h11.Response), part
+        return Reply(self, part)
+
+    async def next_event(self) -> object:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(await self.reader.read(65536))
+        return event
+
+    def reuse(self) -> None:
+        """Ready for another request, if the server keeps the connection."""
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+            self._http.start_next_cycle()
+
+    def leave(self) -> None:
+        """Gone, as a closed browser tab is."""
+        self.writer.transport.abort()
+
+    async def closed(self) -> None:
+        """Returns when the service has closed or reset the connection."""
+        try:
+            while await self.reader.read(65536):
+                pass
+        except ConnectionError:
+            pass

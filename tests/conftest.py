@@ -1,0 +1,152 @@
+"""The real service on a real socket, in the test's own event loop, beside a scripted upstream."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from service import create_app, make_server
+from settings import from_env
+from telemetry import JSONFormatter
+from tests.client import Client, Reply
+from tests.upstream import Script, Upstream, running_upstream
+
+# Longer than anything that is waited for here takes on the slowest machine.
+PATIENCE_SECONDS = 20.0
+
+
+class Log(logging.Handler):
+    """The log's lines as they would be printed, and parsed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JSONFormatter())
+        self.lines: list[str] = []
+        self._grown = asyncio.Condition()
+        self._told: set[asyncio.Task[None]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+        task = asyncio.get_running_loop().create_task(self._tell())
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
+
+    async def _tell(self) -> None:
+        async with self._grown:
+            self._grown.notify_all()
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines]
+
+    def requests(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["event"] == "request"]
+
+    async def request(self, number: int = 0) -> dict[str, Any]:
+        """The line of the request of that number, waited for if it has not ended yet."""
+        async with self._grown:
+            await self._grown.wait_for(lambda: len(self.requests()) > number)
+        return self.requests()[number]
+
+
+@dataclass
+class Running:
+    """A service that listens, its log, and clients that are closed with it."""
+
+    url: str
+    log: Log
+    clients: list[Client] = field(default_factory=list)
+
+    async def connect(self, host: str | None = None) -> Client:
+        client = await Client.connect(self.url, host)
+        self.clients.append(client)
+        return client
+
+    async def chat(self, message: str = "Hello", host: str | None = None, **fields: Any) -> Reply:
+        """A chat request on a connection of its own."""
+        return await (await self.connect(host)).chat(message, **fields)
+
+    async def get(self, path: str) -> Reply:
+        return await (await self.connect()).ask("GET", path)
+
+    async def metric(self, line: str) -> float:
+        """The value of one line of /metrics, such as `chat_open_streams`."""
+        text = (await (await self.get("/metrics")).body()).decode()
+        values = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line)]
+        return float(values[0]) if values else 0.0
+
+
+@asynccontextmanager
+async def running_service(env: dict[str, str]) -> AsyncIterator[Running]:
+    """The service with these variables, on a free port of 127.0.0.1. When the block ends it has to
+    have given back every stream slot and task that requests of the block took."""
+    before = asyncio.all_tasks()
+    settings = from_env({"PORT": "0", **env})
+    handler = Log()
+    log = logging.Logger("test")
+    log.addHandler(handler)
+    server = make_server(create_app(settings, log), settings, log)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    running = Running(f"http://127.0.0.1:{port}", handler)
+    try:
+        yield running
+    finally:
+        for client in running.clients:
+            client.leave()
+        for listener in server.servers:
+            listener.close()
+        while server.server_state.tasks:
+            await asyncio.wait(set(server.server_state.tasks))
+        await server.lifespan.shutdown()
+        await _end(asyncio.all_tasks() - before)
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    """All of `tasks` end, but those in which the test's runner calls the test and its fixtures."""
+    ours = {task for task in tasks if "TestRunner" not in repr(task.get_coro())}
+    if ours:
+        _, left = await asyncio.wait(ours, timeout=PATIENCE_SECONDS)
+        assert not left, left
+
+
+StartService = Callable[..., Awaitable[Running]]
+StartUpstream = Callable[[Script], Awaitable[Upstream]]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def service(stack: AsyncExitStack) -> StartService:
+    """`await service(RATE_LIMIT="off")` starts one; it ends with the test."""
+
+    async def start(**env: str) -> Running:
+        return await stack.enter_async_context(running_service(env))
+
+    return start
+
+
+@pytest.fixture
+def upstream(stack: AsyncExitStack) -> StartUpstream:
+    """`await upstream(script)` starts a scripted provider; it ends with the test."""
+
+    async def start(script: Script) -> Upstream:
+        return await stack.enter_async_context(running_upstream(script))
+
+    return start
