@@ -11,37 +11,32 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import anyio
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError, ValidationInfo
 from pydantic_core import to_json
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from errors import (
-    ErrorDetail,
-    FieldProblem,
-    InternalError,
-    InvalidJSON,
-    InvalidRequest,
-    InvalidRequestDetail,
-    ServiceError,
-    UpstreamTimeout,
-)
-from providers import Batch, Completion
+import errors
+from errors import ErrorDetail, FieldProblem, InvalidRequestDetail, ServiceError
+from providers import Completion, Pieces
+from server import ABORT
 from settings import Settings
 
+NOT_STORED = "The answer came, but could not be stored: the assistant will not remember it."
 INTERNAL = "The service failed. Report the request id to its operator."
-# The ASGI extension by which a server lends the way to cut a connection.
-ABORT = "chat_sidecar.abort"
+# Ten times the longest answer of a model of today; what never ends must not fill the memory.
+MAX_ANSWER_BYTES = 2**22
+# `no` keeps nginx from holding pieces back to fill a buffer.
+STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+)
 # Closing the provider's connection and storing the turn are local; what takes longer is stuck.
 SETTLE_SECONDS = 5.0
 MAX_PROBLEMS = 10
@@ -51,16 +46,18 @@ MAX_PROBLEMS = 10
 # What no reader sees and no writer means: control characters but tab and LF, bidirectional
 # controls, tag characters (invisible ASCII), zero-width and interlinear marks, noncharacters. ZWJ,
 # ZWNJ and variation selectors stay: emoji, Persian and Indic text need them.
+NONCHARACTERS = "".join(chr(p + 0xFFFE) + chr(p + 0xFFFF) for p in range(0, 0x110000, 0x10000))
 UNWANTED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u180e\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufdd0-\ufdef"
-    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
-    + "".join(
-        f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000)
-    )
-    + "]"
+    f"\ufeff\ufff9-\ufffb\U000e0000-\U000e007f{NONCHARACTERS}]"
 )
-# Letters by category that show nothing: Hangul fillers, the Braille blank, the grapheme joiner.
-BLANK = re.compile("[\u034f\u115f\u1160\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# Unicode's Default_Ignorable_Code_Point, which shows nothing whatever its category, and Braille's
+# blank.
+BLANK = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
 
 
 def clean(text: str) -> str:
@@ -73,10 +70,9 @@ def clean(text: str) -> str:
 
 
 def _is_visible(text: str) -> bool:
-    return any(
-        unicodedata.category(char) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
-        for char in BLANK.sub("", text)
-    )
+    # Controls, formats, separators; what Unicode has not assigned yet may well be an emoji.
+    blank = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    return any(unicodedata.category(char) not in blank for char in BLANK.sub("", text))
 
 
 def _message(text: str, info: ValidationInfo) -> str:
@@ -89,11 +85,9 @@ def _message(text: str, info: ValidationInfo) -> str:
     return text
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(BaseModel, extra="forbid", frozen=True, strict=True):
     """The body of POST /api/v1/chat. A field of another name is refused, so that a mistyped
     `sesion_id` does not silently begin a new conversation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     message: Annotated[str, AfterValidator(_message)]
     model_id: Annotated[str, StringConstraints(max_length=128)] | None = None
@@ -102,34 +96,34 @@ class ChatRequest(BaseModel):
 
 def parse_request(body: bytes, max_message_chars: int) -> ChatRequest:
     """Raises InvalidJSON or InvalidRequest."""
+    context = {"max_message_chars": max_message_chars}
     try:
-        return ChatRequest.model_validate_json(
-            body, context={"max_message_chars": max_message_chars}
-        )
+        return ChatRequest.model_validate_json(body, context=context)
     except ValidationError as error:
         # The input would bring the caller's message into our answer.
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-    if not problems[0]["loc"]:
-        raise InvalidJSON('The body must be a JSON object in UTF-8, such as {"message": "Hello"}.')
-    raise InvalidRequest([_problem(p["type"], p["loc"], p["msg"]) for p in problems[:MAX_PROBLEMS]])
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+    if not found[0]["loc"]:
+        raise errors.InvalidJSON('The body must be a JSON object in UTF-8: {"message": "Hello"}.')
+    problems = [_problem(each["type"], str(each["loc"][0]), each["msg"]) for each in found]
+    raise errors.InvalidRequest(*problems[:MAX_PROBLEMS])
 
 
-def _problem(kind: str, loc: tuple[int | str, ...], message: str) -> FieldProblem:
-    name = re.sub("[^ -~]", "?", str(loc[0]))[:64]
+def _problem(kind: str, field: str, message: str) -> FieldProblem:
+    """A problem in our words; pydantic's where it has them from us."""
     known = list(ChatRequest.model_fields)
-    if kind == "missing":
-        message = "is required"
-    elif kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        message = f"is not a field of this request; {hint}"
-    elif name == "session_id":
+    near = difflib.get_close_matches(field, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    words = {
+        "missing": "is required",
+        "extra_forbidden": f"is not a field of this request; {hint}",
+        "string_type": "must be a string",
+        "string_too_long": "must have at most 128 characters",
+    }
+    if field == "session_id":
         message = "must be 1 to 64 of A-Z, a-z, 0-9, _ and -"
-    elif kind == "string_type":
-        message = "must be a string"
-    elif kind == "string_too_long":
-        message = "must have at most 128 characters"
-    return FieldProblem(field=name, message=message.removeprefix("Value error, "))
+        words = {}
+    name = re.sub("[^ -~]", "?", field)[:64]
+    return FieldProblem(field=name, message=words.get(kind, message.removeprefix("Value error, ")))
 
 
 # ---- the events
@@ -172,14 +166,19 @@ def frame(event: DoneEvent | ErrorEvent) -> bytes:
 # A client that closed its connection, and one that keeps it open but takes nothing.
 Departure = Literal["client_gone", "client_stalled"]
 End = Completion | ServiceError | Departure
-Pieces = AsyncGenerator[Batch | Completion, None]
-# Told the text that was sent and how it ended, before the client is; raises what to tell it
-# instead.
+# Told the text that was sent and how it ended, before the client is; raises what to tell instead.
 Settle = Callable[[str, End], Awaitable[None]]
 
 
+def _defect(cause: Exception) -> errors.InternalError:
+    error = errors.InternalError(INTERNAL)
+    error.__cause__ = cause
+    return error
+
+
+@dataclass
 class EventStream:
-    """Relays `pieces` to the client as an event stream.
+    """Relays `source` to the client as an event stream.
 
     One task reads and writes; one watchdog looks at its clocks, sends heartbeats and listens for
     the client's leaving. Nothing is opened, locked or scheduled for a piece. However it ends,
@@ -187,36 +186,29 @@ class EventStream:
     event goes out.
 
     A failure before the status is committed is raised, for the application to answer with a status
-    of its own; a later one becomes the terminal event. Afterwards `outcome` says how it went.
+    of its own; a later one becomes the terminal event. Afterwards the other fields say how it went,
+    times in seconds on the event loop's clock.
     """
 
-    def __init__(
-        self,
-        pieces: Pieces,
-        settle: Settle,
-        *,
-        request_id: str,
-        session_id: str,
-        settings: Settings,
-    ) -> None:
-        self.outcome = "client_gone"
-        self.pieces = 0
-        # Seconds on the event loop's clock: when the first text was there, how long the provider
-        # and the client were waited for, the longest wait between two pieces.
-        self.first_piece_at: float | None = None
-        self.waited = 0.0
-        self.blocked = 0.0
-        self.longest_gap = 0.0
-        self._pieces = pieces
-        self._settle = settle
-        self._request_id = request_id
-        self._session_id = session_id
-        self._settings = settings
+    source: Pieces
+    settle: Settle
+    request_id: str
+    session_id: str
+    settings: Settings
+    end: End | None = None
+    outcome: str = "client_gone"
+    pieces: int = 0
+    first_piece_at: float | None = None
+    # How long the provider was waited for, how long the client, and at most between two pieces.
+    waited: float = 0.0
+    blocked: float = 0.0
+    longest_gap: float = 0.0
+
+    def __post_init__(self) -> None:
         self._text: list[str] = []
-        self._end: End | None = None
-        self._gone = False
-        self._committed = False
-        self._begun = False
+        self._size = 0
+        self._departed: Departure | None = None
+        self._committed = self._begun = False
         self._relaying = anyio.CancelScope()
         # Set while a heartbeat is being sent: the status line must not be overtaken by a piece.
         self._beat: anyio.Event | None = None
@@ -224,9 +216,13 @@ class EventStream:
 
     def end_early(self, end: ServiceError | Departure) -> None:
         """Stop relaying now and end like this. The first ending counts."""
-        if self._end is None:
-            self._end = end
+        if self.end is None:
+            self.end = end
             self._relaying.cancel()
+
+    def _depart(self, how: Departure) -> None:
+        self._departed = self._departed or how
+        self.end_early(how)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
@@ -242,6 +238,9 @@ class EventStream:
                 tasks.cancel_scope.cancel()
         if isinstance(end, ServiceError) and not self._committed:
             raise end
+        await self._cut_stalled(scope, receive)
+
+    async def _cut_stalled(self, scope: Scope, receive: Receive) -> None:
         if self.outcome == "client_stalled":
             # A polite close would wait for the client to read what is buffered.
             scope["extensions"][ABORT]()
@@ -250,14 +249,14 @@ class EventStream:
     # The relay
 
     async def _relay(self) -> None:
-        head, tail = b'data: {"chunk":', b',"id":' + to_json(self._request_id) + b"}\n\n"
+        head, tail = b'data: {"chunk":', b',"id":' + to_json(self.request_id) + b"}\n\n"
         try:
-            async for batch in self._pieces:
+            async for batch in self.source:
                 now = self._now()
                 gap = now - self._waiting_since
                 self.waited += gap
                 if isinstance(batch, Completion):
-                    self._end = self._end or batch
+                    self.end = self.end or batch
                     return
                 if self._begun:
                     self.longest_gap = max(self.longest_gap, gap)
@@ -265,99 +264,90 @@ class EventStream:
                 if batch:
                     if self.first_piece_at is None:
                         self.first_piece_at = now
+                    events = b"".join([head + to_json(piece) + tail for piece in batch])
+                    self._size += len(events) - len(batch) * (len(head) + len(tail))
+                    if self._size > MAX_ANSWER_BYTES:
+                        raise errors.UpstreamError("The model's answer is longer than 4 MiB.")
                     self.pieces += len(batch)
                     self._text += batch
-                    await self._write(b"".join([head + to_json(piece) + tail for piece in batch]))
+                    await self._write(events)
                 self._waiting_since = self._now()
         except ServiceError as error:
-            self._end = self._end or error
+            self.end = self.end or error
         except Exception as error:
-            defect = InternalError(INTERNAL)
-            defect.__cause__ = error
-            self._end = self._end or defect
+            self.end = self.end or _defect(error)
 
-    async def _write(self, body: bytes, last: bool = False) -> None:
+    async def _write(self, body: bytes, *, last: bool = False) -> None:
         if self._beat is not None:
             await self._beat.wait()
-        await self._transmit(body, last)
+        if self._departed is None:
+            await self._transmit(body, last=last)
 
-    async def _transmit(self, body: bytes, last: bool = False) -> None:
+    async def _transmit(self, body: bytes, *, last: bool = False) -> None:
         before = self._writing_since = self._now()
-        if not self._committed:
-            self._committed = True
-            await self._send(self._head())
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        try:
+            if not self._committed:
+                self._committed = True
+                headers = [*STREAM_HEADERS, (b"x-session-id", self.session_id.encode())]
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        except OSError:
+            # ASGI's way, from its version 2.4 on, to say that nobody is there.
+            self._depart("client_gone")
         self._writing_since = None
         self._sent_at = self._now()
         self.blocked += self._sent_at - before
 
-    def _head(self) -> Message:
-        return {
-            "type": "http.response.start",
-            "status": 200,
-            "headers": [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-store"),
-                # nginx would hold pieces back to fill a buffer.
-                (b"x-accel-buffering", b"no"),
-                (b"x-content-type-options", b"nosniff"),
-                (b"x-session-id", self._session_id.encode()),
-            ],
-        }
-
     # The watchdog
 
     async def _watch(self, receive: Receive) -> None:
-        while True:
-            with anyio.CancelScope(deadline=self._next_look()):
-                if (await receive())["type"] == "http.disconnect":
-                    self._gone = True
-                    self.end_early("client_gone")
-                    return
-                continue
-            await self._look()
-
-    def _limits(self) -> tuple[float, float, float]:
-        """When the provider is late, when the whole answer is, when a heartbeat is due. The time in
-        which the client did not take what we sent is not the provider's; the client may make an
-        answer last twice as long by it, no longer."""
-        idle = self._waiting_since + self._settings.idle_timeout_seconds
-        total = self._settings.total_timeout_seconds
-        return (
-            idle if self._begun else math.inf,
-            self._started + total + min(self.blocked, total),
-            self._sent_at + self._settings.heartbeat_seconds,
+        limits = self.settings
+        # What begins while the watchdog sleeps must not be seen later than it is due.
+        nap = min(
+            limits.idle_timeout_seconds, limits.write_timeout_seconds, limits.heartbeat_seconds
         )
+        while True:
+            with anyio.CancelScope(deadline=min(self._next()[0], self._now() + nap)):
+                if (await receive())["type"] == "http.disconnect":
+                    self._depart("client_gone")
+                    return
+            due, end = self._next()
+            if self._now() >= due:
+                if end is None:
+                    await self._heartbeat()
+                elif isinstance(end, str):
+                    self._depart(end)
+                else:
+                    self.end_early(end)
 
-    def _next_look(self) -> float:
-        if self._end is not None:
-            return math.inf
+    def _next(self) -> tuple[float, ServiceError | Departure | None]:
+        """When something is due, and what: an early end, or a heartbeat (None). The time in which
+        the client did not take what we sent is not the provider's; the client may make an answer
+        last twice as long by it, no longer."""
+        if self.end is not None:
+            return math.inf, None
+        limits, blocked = self.settings, self.blocked
+        due: list[tuple[float, ServiceError | Departure | None]] = []
         if self._writing_since is not None:
-            return self._writing_since + self._settings.write_timeout_seconds
-        return min(self._limits())
-
-    async def _look(self) -> None:
-        now = self._now()
-        if self._writing_since is not None:
-            if now >= self._writing_since + self._settings.write_timeout_seconds:
-                self.end_early("client_stalled")
-            return
-        idle, total, heartbeat = self._limits()
-        if now >= idle:
-            self.end_early(UpstreamTimeout("The model stopped in the middle of its answer."))
-        elif now >= total and self.blocked >= self._settings.total_timeout_seconds:
-            self.end_early("client_stalled")
-        elif now >= total:
-            self.end_early(UpstreamTimeout("The model took too long for its answer."))
-        elif now >= heartbeat:
-            await self._heartbeat()
+            blocked += self._now() - self._writing_since
+            due.append((self._writing_since + limits.write_timeout_seconds, "client_stalled"))
+        else:
+            due.append((self._sent_at + limits.heartbeat_seconds, None))
+        if self._writing_since is None and self._begun:
+            quiet = errors.UpstreamTimeout("The model stopped in the middle of its answer.")
+            due.append((self._waiting_since + limits.idle_timeout_seconds, quiet))
+        total = limits.total_timeout_seconds
+        late = errors.UpstreamTimeout("The model took too long for its answer.")
+        end = self._started + total + min(blocked, total)
+        due.append((end, "client_stalled" if blocked >= total else late))
+        return min(due, key=lambda pair: pair[0])
 
     async def _heartbeat(self) -> None:
         self._beat = anyio.Event()
-        with anyio.move_on_after(self._settings.write_timeout_seconds) as writing:
+        with anyio.move_on_after(self.settings.write_timeout_seconds) as writing:
             await self._transmit(b": keep-alive\n\n")
         if writing.cancelled_caught:
-            self.end_early("client_stalled")
+            self._depart("client_stalled")
         self._beat.set()
         self._beat = None
 
@@ -366,39 +356,45 @@ class EventStream:
     async def _conclude(self) -> End:
         """Close the provider's connection, settle, tell the client; shielded, for a client's
         leaving or a cancelled request must not lose what was said."""
-        end = self._end = self._end or InternalError("The service was stopped.")
+        end = self.end = self.end or errors.InternalError("The service was stopped.")
+        if self._writing_since is not None:
+            self.blocked += self._now() - self._writing_since
+        elif not isinstance(end, Completion):
+            self.waited += self._now() - self._waiting_since
         with anyio.CancelScope(shield=True):
             try:
                 with anyio.move_on_after(SETTLE_SECONDS):
-                    await self._pieces.aclose()
-                    await self._settle("".join(self._text), end)
+                    await self.source.aclose()
+            except Exception as error:
+                end = self.end = _defect(error)
+            try:
+                with anyio.fail_after(SETTLE_SECONDS):
+                    await self.settle("".join(self._text), end)
             except ServiceError as error:
-                end = error
-            if isinstance(end, str):
-                self.outcome = end
-            elif not self._gone:
+                end = self.end = error
+            except TimeoutError:
+                end = self.end = errors.StateUnavailable(NOT_STORED)
+            except Exception as error:
+                end = self.end = _defect(error)
+            if isinstance(end, str) or self._departed:
+                self.outcome = self._departed or str(end)
+            else:
                 await self._tell(end)
         return end
 
     async def _tell(self, end: Completion | ServiceError) -> None:
+        ids: dict[str, Any] = {"id": self.request_id, "session_id": self.session_id}
         event: DoneEvent | ErrorEvent
         if isinstance(end, Completion):
             self.outcome = "done"
-            event = DoneEvent(
-                id=self._request_id,
-                session_id=self._session_id,
-                model=end.model,
-                finish_reason=end.finish_reason,
-                usage=end.usage,
-            )
+            event = DoneEvent(**ids, **vars(end))
         else:
             self.outcome = end.code
             if not self._committed:
                 return
-            event = ErrorEvent(id=self._request_id, session_id=self._session_id, error=end.detail())
-        with anyio.move_on_after(self._settings.write_timeout_seconds) as writing:
+            event = ErrorEvent(**ids, error=end.detail())
+        with anyio.move_on_after(self.settings.write_timeout_seconds) as writing:
             await self._write(frame(event), last=True)
         if writing.cancelled_caught:
-            self.outcome = "client_stalled"
-        elif self._gone:
-            self.outcome = "client_gone"
+            self._depart("client_stalled")
+        self.outcome = self._departed or self.outcome

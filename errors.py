@@ -5,8 +5,10 @@
     │   ├── InvalidJSON            400
     │   ├── InvalidAPIKey          401
     │   ├── NotFound               404
+    │   ├── SessionNotFound        404  or not the caller's: the two look alike
     │   ├── MethodNotAllowed       405
     │   ├── RequestTimeout         408
+    │   ├── SessionBusy            409
     │   ├── BodyTooLarge           413
     │   ├── UnsupportedMediaType   415
     │   ├── InvalidRequest         422  names the fields
@@ -21,36 +23,28 @@
     │   └── UpstreamTimeout        504
     └── OurError                        this service
         ├── InternalError          500
-        └── Overloaded             503
+        ├── Overloaded             503
+        ├── ShuttingDown           503
+        └── StateUnavailable       503
 
 An error's message is for the caller and says what to change. It never holds a provider's text, a
 key, or the caller's own message.
 """
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 
+# fmt: off
 Code = Literal[
-    "invalid_json",
-    "invalid_api_key",
-    "not_found",
-    "method_not_allowed",
-    "request_timeout",
-    "body_too_large",
-    "unsupported_media_type",
-    "invalid_request",
-    "context_too_long",
-    "content_refused",
-    "rate_limited",
-    "too_many_streams",
-    "upstream_error",
-    "upstream_incomplete",
-    "upstream_unavailable",
-    "upstream_timeout",
-    "internal_error",
-    "overloaded",
+    "invalid_json", "invalid_api_key", "not_found", "session_not_found", "method_not_allowed",
+    "request_timeout", "session_busy", "body_too_large", "unsupported_media_type",
+    "invalid_request", "context_too_long", "content_refused", "rate_limited", "too_many_streams",
+    "upstream_error", "upstream_incomplete", "upstream_unavailable", "upstream_timeout",
+    "internal_error", "overloaded", "shutting_down", "state_unavailable",
 ]
+# fmt: on
 
 
 class FieldProblem(BaseModel):
@@ -83,33 +77,27 @@ class ErrorBody(BaseModel):
 
 
 class ServiceError(Exception):
-    """Base of all; only its leaves are raised."""
+    """Base of all; only its leaves are raised. `retry_after` is in seconds; told rounded up."""
 
     status: ClassVar[int]
     code: ClassVar[Code]
     retryable: bool = False
 
     def __init__(
-        self,
-        message: str,
-        *,
-        retryable: bool | None = None,
-        retry_after: int | None = None,
-        headers: dict[str, str] | None = None,
+        self, message: str, *, retryable: bool | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after
-        self.headers = headers or {}
+        # Headers for the answer, beside what every error has.
+        self.headers: dict[str, str] = {}
         if retryable is not None:
             self.retryable = retryable
 
     def detail(self) -> ErrorDetail:
+        wait = None if self.retry_after is None else math.ceil(self.retry_after)
         return ErrorDetail(
-            code=self.code,
-            message=self.message,
-            retryable=self.retryable,
-            retry_after=self.retry_after,
+            code=self.code, message=self.message, retryable=self.retryable, retry_after=wait
         )
 
 
@@ -129,12 +117,20 @@ class NotFound(CallerError):
     status, code = 404, "not_found"
 
 
+class SessionNotFound(CallerError):
+    status, code = 404, "session_not_found"
+
+
 class MethodNotAllowed(CallerError):
     status, code = 405, "method_not_allowed"
 
 
 class RequestTimeout(CallerError):
     status, code, retryable = 408, "request_timeout", True
+
+
+class SessionBusy(CallerError):
+    status, code, retryable = 409, "session_busy", True
 
 
 class BodyTooLarge(CallerError):
@@ -148,12 +144,12 @@ class UnsupportedMediaType(CallerError):
 class InvalidRequest(CallerError):
     status, code = 422, "invalid_request"
 
-    def __init__(self, fields: list[FieldProblem]) -> None:
-        super().__init__("; ".join(f"{f.field} {f.message}" for f in fields))
-        self.fields = fields
+    def __init__(self, *problems: FieldProblem) -> None:
+        super().__init__("; ".join(f"{problem.field} {problem.message}" for problem in problems))
+        self.problems = list(problems)
 
     def detail(self) -> InvalidRequestDetail:
-        return InvalidRequestDetail(**super().detail().model_dump(), fields=self.fields)
+        return InvalidRequestDetail(**super().detail().model_dump(), fields=self.problems)
 
 
 class ContextTooLong(CallerError):
@@ -202,3 +198,11 @@ class InternalError(OurError):
 
 class Overloaded(OurError):
     status, code, retryable = 503, "overloaded", True
+
+
+class ShuttingDown(OurError):
+    status, code, retryable = 503, "shutting_down", True
+
+
+class StateUnavailable(OurError):
+    status, code, retryable = 503, "state_unavailable", True

@@ -1,18 +1,20 @@
-"""From a model's name to pieces of text: the event-stream decoder, the reading of a chunk, the
-providers, and the router that picks one.
+"""From a model's name to pieces of text: the providers, the router among them, retries, failover.
 
 Only `OpenAIProvider` does network I/O; its failures, and those of the HTTP client below it, become
 ours here and nowhere else. Nothing here knows callers, limits, sessions, or how an answer is sent.
 """
 
-import math
+import asyncio
+import random
 import re
+import time
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import aiohttp
@@ -21,21 +23,10 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 from pydantic_core import from_json, to_json
 
-from errors import (
-    ContentRefused,
-    ContextTooLong,
-    FieldProblem,
-    InvalidRequest,
-    ServiceError,
-    UpstreamError,
-    UpstreamIncomplete,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-)
+import errors
 from settings import Settings, SettingsError, Upstream
+from wire import Batch, ChunkReader, refusal
 
-# Real events reach 40 KB (a tool's result); what never ends a line must not fill the memory.
-MAX_EVENT_BYTES = 2**20
 # An error's JSON is a few hundred bytes, a proxy's HTML page a few thousand.
 MAX_ERROR_BYTES = 2**16
 # After its finish_reason a provider owes usage and [DONE], after [DONE] only the end of the body,
@@ -46,8 +37,6 @@ CLOSE_SECONDS = 0.1
 KEEP_ALIVE_SECONDS = 30.0
 
 Message = dict[str, str]
-# The pieces of text that arrived in one read; empty where there was only reasoning.
-Batch = list[str]
 
 
 @dataclass(frozen=True)
@@ -59,230 +48,33 @@ class Completion:
     usage: dict[str, Any] | None
 
 
-# ---- event stream
-
-
-class SSEDecoder:
-    """Bytes to events, as in WHATWG HTML 9.2.5 and 9.2.6, for the fields a chat stream uses.
-
-    `feed` takes bytes cut anywhere and returns the events they complete, as (event name, data). One
-    addition: llama-box reports failure in a bare line `error: {…}`, which the standard ignores and
-    which is returned as an event of the name `error`.
-    """
-
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
-        self.too_large = False
-        self._max = max_event_bytes
-        self._line = bytearray()
-        self._name = b""
-        self._data: list[bytes] = []
-        self._size = 0
-        self._started = False
-        self._after_cr = False
-
-    def feed(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
-        # Lines end in LF, CR or CRLF and in nothing else: U+2028 is text. A CR at the end of a read
-        # ends its line at once; the LF that may follow belongs to it.
-        if self._after_cr and chunk:
-            self._after_cr = False
-            chunk = chunk.removeprefix(b"\n")
-        if b"\r" in chunk:
-            self._after_cr = chunk.endswith(b"\r")
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        ended, newline, rest = chunk.rpartition(b"\n")
-        events: list[tuple[bytes, bytes]] = []
-        if newline:
-            self._line += ended
-            for line in bytes(self._line).split(b"\n"):
-                self._take_line(line, events)
-            self._line.clear()
-        self._line += rest
-        self.too_large = self._size + len(self._line) > self._max
-        return events
-
-    def _take_line(self, line: bytes, events: list[tuple[bytes, bytes]]) -> None:
-        if not self._started:
-            self._started = True
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line:
-            if self._data:
-                events.append((self._name, b"\n".join(self._data)))
-            self._name, self._data, self._size = b"", [], 0
-            return
-        field, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if field == b"data":
-            self._data.append(value)
-            self._size += len(value)
-        elif field == b"event":
-            self._name = value
-        elif field == b"error":
-            events.append((b"error", value))
-
-
-class ChunkReader:
-    """The events of a Chat Completions stream to pieces of text; what else they told is kept here.
-
-    `feed` returns the pieces that some bytes completed, an empty list if they held reasoning alone,
-    None if they held nothing that shows progress. `error` is set at the first event that reports a
-    failure or makes no sense, `done` at [DONE]; what comes after either is not read.
-    """
-
-    def __init__(self) -> None:
-        self.model = ""
-        self.finish_reason: str | None = None
-        self.usage: dict[str, Any] | None = None
-        self.done = False
-        self.error: ServiceError | None = None
-        self._decoder = SSEDecoder()
-
-    def feed(self, data: bytes) -> Batch | None:
-        pieces: Batch = []
-        alive = False
-        for name, event in self._decoder.feed(data):
-            if self.done or self.error:
-                break
-            if event.startswith(b"[DONE]"):
-                self.done = True
-                break
-            if not event:
-                continue
-            try:
-                alive |= self._read(name, from_json(event, allow_inf_nan=False), pieces)
-            except (ValueError, TypeError, AttributeError):
-                # Not JSON, or JSON of another shape than a chunk's.
-                self.error = UpstreamError(
-                    "The model's provider sent an answer that makes no sense."
-                )
-        if self._decoder.too_large and not self.done:
-            self.error = UpstreamError("The model's provider sent an event of more than 1 MiB.")
-        return pieces if pieces or alive else None
-
-    def _read(self, name: bytes, chunk: Any, pieces: Batch) -> bool:
-        """Take what one chunk tells; true if it is a sign of life: text or reasoning.
-
-        `chunk` is Any because it is a stranger's JSON; a shape that does not fit raises
-        AttributeError or TypeError, which `feed` answers for.
-        """
-        if name == b"error" or chunk.get("error"):
-            self.error = refusal(500, chunk)
-            return False
-        self.model = chunk.get("model") or self.model
-        self.usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage") or self.usage
-        alive = False
-        for choice in chunk.get("choices") or ():
-            # With n > 1 the others are not ours. The text that some repeat beside the delta
-            # (`message`, `text`) is not looked at.
-            if choice.get("index"):
-                continue
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-            delta = choice.get("delta") or {}
-            before = len(pieces)
-            for content in (delta.get("content"), delta.get("refusal")):
-                if isinstance(content, str):
-                    if content:
-                        pieces.append(content)
-                elif content:  # Mistral's list of parts, {"type": "text" or "thinking"}
-                    pieces += [part["text"] for part in content if part.get("text")]
-                    alive = True
-            alive |= len(pieces) > before
-            alive |= bool(delta.get("reasoning_content") or delta.get("reasoning"))
-        return alive
-
-
-# ---- what providers' errors mean
-
-# Only OpenAI has a code for a conversation that is too long; the others say it in words.
-TOO_LONG = re.compile(
-    "context.length|too long|too_many_prompt_tokens|context window", re.IGNORECASE
-)
-REFUSED = re.compile("content_filter|content_policy|content management policy", re.IGNORECASE)
-# 429s that waiting does not cure: somebody has to pay.
-QUOTA = re.compile(
-    "insufficient_quota|credit_balance|billing|spend_limit|usage_limit", re.IGNORECASE
-)
-OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.IGNORECASE)
-
-
-def refusal(status: int, body: Any, headers: Mapping[str, str] | None = None) -> ServiceError:
-    """The error that a provider's error response (or an error inside its stream, as `status` 500)
-    is to our caller. `body` is its JSON, or None. Its words are matched here and go no further."""
-    reported = body.get("error", body) if isinstance(body, dict) else body
-    told = reported if isinstance(reported, dict) else {"message": reported}
-    code = str(told.get("code") or "")
-    # Aggregators send the status of the provider behind them as the code.
-    if status in (200, 500) and re.fullmatch("[45][0-9][0-9]", code):
-        status = int(code)
-    words = " ".join(str(told.get(key) or "") for key in ("code", "type", "message"))
-    if status in (200, 400, 413, 422, 500) and TOO_LONG.search(words):
-        return ContextTooLong(
-            "The conversation is too long for this model. Start a new session, or send less."
-        )
-    if REFUSED.search(words):
-        return ContentRefused(
-            "The model's provider refuses this text by its policy. Change the message."
-        )
-    if status == 402 or QUOTA.search(words):
-        return UpstreamUnavailable(
-            "The service's quota at the model's provider is used up. Its operator has to act.",
-            retryable=False,
-        )
-    wait = retry_after(headers or {})
-    if status in (429, 503, 529) or OVERLOADED.search(words):
-        return UpstreamUnavailable(
-            "The model's provider is busy. Try again later.",
-            retry_after=None if wait is None else math.ceil(wait),
-        )
-    if status in (408, 409) or status >= 500:
-        return UpstreamError("The model's provider failed. Try again.", retryable=True)
-    return UpstreamError(
-        "The model's provider refused the request. It is the service's operator who can mend this."
-    )
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a provider asks to wait: `retry-after-ms`, else `retry-after` in seconds."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            seconds = float(headers[name]) / unit
-        except (KeyError, ValueError):
-            continue
-        if 0 < seconds <= 86400:
-            return seconds
-    return None
-
-
-@contextmanager
-def upstream_errors() -> Iterator[None]:
-    """The HTTP client's errors as ours. httpx-aiohttp maps loosely (a server that hangs up is a
-    ConnectTimeout) and lets some of aiohttp's own errors through, so only a cause that is a real
-    timeout counts as one."""
-    try:
-        yield
-    except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError) as error:
-        if isinstance(error.__cause__ or error, TimeoutError):
-            raise UpstreamTimeout("The model's provider could not be reached in time.") from error
-        raise UpstreamError(
-            "The connection to the model's provider failed.", retryable=True
-        ) from error
-
-
-# ---- providers
+Pieces = AsyncGenerator[Batch | Completion, None]
 
 
 @dataclass
 class Attempt:
-    """One request to one provider, and what the log is to say of it."""
+    """One request to one provider, and what came of it: the provider's status, its own id for the
+    request, the code of our error."""
 
-    provider: str
     model: str
-    # Sent as X-Client-Request-Id, by which OpenAI finds a request that it never answered.
-    client_request_id: str
-    traceparent: str | None = None
     status: int | None = None
-    # The provider's own id for the request.
-    request_id: str | None = None
+    provider_request_id: str | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the providers are told of a request, and the attempts that were made for it."""
+
+    request_id: str
+    traceparent: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def headers(self) -> dict[str, str]:
+        """By its X-Client-Request-Id, OpenAI finds even a request that it never answered."""
+        number = len(self.attempts)
+        ids = {"X-Client-Request-Id": self.request_id + (f"-{number}" if number > 1 else "")}
+        return ids if self.traceparent is None else {**ids, "traceparent": self.traceparent}
 
 
 class LLMProvider(ABC):
@@ -291,13 +83,12 @@ class LLMProvider(ABC):
     name: str
 
     @abstractmethod
-    def stream(
-        self, messages: Sequence[Message], attempt: Attempt
-    ) -> AsyncGenerator[Batch | Completion, None]:
-        """The answer of `attempt.model`: batches of pieces as they arrive, then one Completion.
+    def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
+        """The answer: batches of pieces as they arrive, then one Completion.
 
         Ends with a Completion or raises a ServiceError, the pieces that came before it yielded.
-        Closing the generator, or cancelling it, closes the connection behind it.
+        Closing the generator, or cancelling it, closes the connection behind it. What came of the
+        request is noted in the last of `call.attempts`.
         """
 
     async def aclose(self) -> None:  # noqa: B027 - most providers hold nothing
@@ -309,39 +100,45 @@ class OpenAIProvider(LLMProvider):
 
     def __init__(self, upstream: Upstream, settings: Settings) -> None:
         self.name = upstream.name
-        base = str(upstream.base_url).rstrip("/")
-        self._url = f"{base}/chat/completions"
+        self._url = str(upstream.base_url).rstrip("/") + "/chat/completions"
+        # A compressed answer would have to be unpacked, and 50 KB can unpack to 50 MB.
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "text/event-stream",
-            # A compressed answer would have to be unpacked, and 50 KB can unpack to 50 MB.
             "Accept-Encoding": "identity",
         }
         if upstream.api_key is not None:
             self._headers["Authorization"] = f"Bearer {upstream.api_key.get_secret_value()}"
-        self._limit: dict[str, int] = {}
+        # Nothing that is not configured: reasoning models and small servers refuse unknown fields.
+        self._options: dict[str, object] = {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         if settings.max_output_tokens is not None:
             # OpenAI's reasoning models refuse the old name, most other servers know no other.
             openai = upstream.base_url.host == "api.openai.com"
-            field = "max_completion_tokens" if openai else "max_tokens"
-            self._limit = {field: settings.max_output_tokens}
+            limit = "max_completion_tokens" if openai else "max_tokens"
+            self._options[limit] = settings.max_output_tokens
+        # Before the gap between two pieces would count as too long.
+        self._finish_seconds = min(FINISH_SECONDS, settings.idle_timeout_seconds / 2)
         self._client = http_client(self._url, settings)
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def stream(
-        self, messages: Sequence[Message], attempt: Attempt
-    ) -> AsyncGenerator[Batch | Completion, None]:
+    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
+        body = to_json({"model": model, "messages": messages, **self._options})
+        headers = {**self._headers, **call.headers()}
+        request = self._client.build_request("POST", self._url, content=body, headers=headers)
+        reader = ChunkReader()
         with upstream_errors():
-            response = await self._client.send(self._request(messages, attempt), stream=True)
+            response = await self._client.send(request, stream=True)
         try:
-            attempt.status = response.status_code
-            attempt.request_id = response.headers.get("x-request-id")
-            await _check(response)
-            reader = ChunkReader()
+            call.attempts[-1].status = response.status_code
+            call.attempts[-1].provider_request_id = response.headers.get("x-request-id")
             with upstream_errors():
-                async with aclosing(_read_answer(response, reader)) as batches:
+                await _check(response)
+                async with aclosing(self._read(response, reader)) as batches:
                     async for batch in batches:
                         yield batch
         finally:
@@ -351,79 +148,68 @@ class OpenAIProvider(LLMProvider):
         if reader.error:
             raise reader.error
         if not (reader.done or reader.finish_reason):
-            raise UpstreamIncomplete("The model's provider broke off its answer.")
-        yield Completion(reader.model or attempt.model, reader.finish_reason, reader.usage)
+            raise errors.UpstreamIncomplete("The provider broke off its answer. Try again.")
+        yield Completion(reader.model or model, reader.finish_reason, reader.usage)
 
-    def _request(self, messages: Sequence[Message], attempt: Attempt) -> httpx.Request:
-        headers = {**self._headers, "X-Client-Request-Id": attempt.client_request_id}
-        if attempt.traceparent:
-            headers["traceparent"] = attempt.traceparent
-        # Nothing that is not configured: reasoning models and small servers refuse unknown fields.
-        body = to_json(
-            {
-                "model": attempt.model,
-                "messages": messages,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                **self._limit,
-            }
-        )
-        return self._client.build_request("POST", self._url, content=body, headers=headers)
+    async def _read(
+        self, response: httpx.Response, reader: ChunkReader
+    ) -> AsyncGenerator[Batch, None]:
+        """The batches of a response, until the reader has all that matters or the body ends."""
+        reads = response.aiter_raw()
+        async for data in reads:
+            batch = reader.feed(data)
+            if batch is not None:
+                yield batch
+            if reader.error or reader.done or reader.finish_reason:
+                break
+        # What is missing now is usage, [DONE] and the end of the body. The answer itself is whole,
+        # so a connection that breaks or goes quiet here does not spoil it.
+        while not reader.error:
+            last, more = reader.done, None
+            seconds = CLOSE_SECONDS if last else self._finish_seconds
+            with suppress(httpx.HTTPError, aiohttp.ClientError), anyio.move_on_after(seconds):
+                more = await anext(reads, None)
+            batch = reader.feed(more or b"")
+            if batch:
+                yield batch
+            if last or not more:
+                break
 
 
 async def _check(response: httpx.Response) -> None:
     """Raise what the provider answered, unless it is an event stream."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    encoding = response.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise UpstreamError(
-            "The model's provider sent a compressed answer, which was not asked for."
-        )
-    if response.status_code == 200 and media_type not in ("application/json", "text/html"):
+    answered = response.status_code == 200
+    if answered and response.headers.get("content-encoding", "identity").lower() != "identity":
+        raise errors.UpstreamError("The provider sent a compressed answer, unasked.")
+    if answered and media_type not in ("application/json", "text/html"):
         return
     body = bytearray()
-    with upstream_errors():
-        async for data in response.aiter_raw():
-            body += data
-            if len(body) > MAX_ERROR_BYTES:
-                break
-    try:
-        told = from_json(bytes(body))
-    except ValueError:
-        told = None
-    if response.status_code == 200 and not (isinstance(told, dict) and told.get("error")):
-        raise UpstreamError("The model's provider answered with something other than a stream.")
-    raise refusal(response.status_code, told, response.headers)
-
-
-async def _read_answer(
-    response: httpx.Response, reader: ChunkReader
-) -> AsyncGenerator[Batch, None]:
-    """The batches of a response, until the reader has all that matters or the body ends."""
-    reads = response.aiter_raw()
-    async for data in reads:
-        batch = reader.feed(data)
-        if batch is not None:
-            yield batch
-        if reader.error:
-            return
-        if reader.done or reader.finish_reason:
+    async for data in response.aiter_raw():
+        body += data
+        if len(body) > MAX_ERROR_BYTES:
             break
-    late: Batch = []
-    # What is missing now is usage, [DONE] and the end of the body. The answer itself is whole,
-    # so a connection that breaks or goes quiet here does not spoil it.
+    told = None
+    with suppress(ValueError):
+        told = from_json(bytes(body))
+    if answered and not (isinstance(told, dict) and told.get("error")):
+        raise errors.UpstreamError("The provider answered with something other than a stream.")
+    status = 500 if answered else response.status_code
+    raise refusal(status, told, response.headers, time.time())
+
+
+@contextmanager
+def upstream_errors() -> Iterator[None]:
+    """The HTTP client's errors as ours. httpx-aiohttp maps loosely (a server that hangs up is a
+    ConnectTimeout) and lets some of aiohttp's own errors through, so only a cause that is a real
+    timeout counts as one."""
     try:
-        with anyio.move_on_after(CLOSE_SECONDS if reader.done else FINISH_SECONDS) as waiting:
-            async for data in reads:
-                late += reader.feed(data) or ()
-                if reader.error:
-                    break
-                if reader.done:
-                    waiting.deadline = min(waiting.deadline, anyio.current_time() + CLOSE_SECONDS)
-    except (httpx.HTTPError, aiohttp.ClientError):
-        pass
-    if late:
-        yield late
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, UnicodeError) as error:
+        if isinstance(error.__cause__ or error, TimeoutError):
+            raise errors.UpstreamTimeout("The provider could not be reached in time.") from error
+        problem = "The connection to the provider failed. Try again."
+        raise errors.UpstreamError(problem, retryable=True) from error
 
 
 def http_client(url: str, settings: Settings) -> httpx.AsyncClient:
@@ -433,65 +219,57 @@ def http_client(url: str, settings: Settings) -> httpx.AsyncClient:
     target = httpx.URL(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(target.scheme) or proxies.get("all")
-    if urllib.request.proxy_bypass(target.host):
+    if proxy is not None and urllib.request.proxy_bypass(target.host):
         proxy = None
-    ssl_context = httpx.create_ssl_context()
+    tls = httpx.create_ssl_context()
 
     def session() -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
-            limit=settings.max_streams, ssl=ssl_context, keepalive_timeout=KEEP_ALIVE_SECONDS
+            limit=settings.max_streams, ssl=tls, keepalive_timeout=KEEP_ALIVE_SECONDS
         )
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
-    transport = AiohttpTransport(
-        verify=ssl_context, client=session, proxy=httpx.Proxy(proxy) if proxy else None
-    )
+    if proxy is not None and "://" not in proxy:
+        proxy = f"http://{proxy}"
+    try:
+        through = httpx.Proxy(proxy) if proxy else None
+    except ValueError:
+        raise SettingsError(f"{target.scheme.upper()}_PROXY is not an http:// address") from None
+    transport = AiohttpTransport(verify=tls, client=session, proxy=through)
     # Every other limit in time is the caller's, and is kept by whoever waits for the pieces.
     timeout = httpx.Timeout(None, connect=settings.connect_timeout_seconds)
-    return httpx.AsyncClient(transport=transport, timeout=timeout)
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    return httpx.AsyncClient(transport=transport, timeout=timeout, cookies=no_cookies)
 
 
 class MockProvider(LLMProvider):
     """No model: rehearses every ending that a real provider can have, and says what it is."""
 
     name = "mock"
-    models = (
-        "echo", "lorem-100", "slow", "hang", "error", "error-midstream", "truncated",
-        "rate-limited", "empty", "unicode",
-    )  # fmt: skip
+    # fmt: off
+    models = ("echo", "lorem-100", "slow", "hang", "error", "error-midstream", "truncated",
+              "rate-limited", "empty", "unicode")
+    # fmt: on
 
-    async def stream(
-        self, messages: Sequence[Message], attempt: Attempt
-    ) -> AsyncGenerator[Batch | Completion, None]:
-        model = attempt.model
+    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
         if model == "hang":
             await anyio.sleep_forever()
         if model == "error":
-            raise UpstreamError(
-                "The mock provider failed, as mock/error always does.", retryable=True
-            )
+            raise errors.UpstreamError("mock/error always fails.", retryable=True)
         if model == "rate-limited":
-            raise UpstreamUnavailable(
-                "The mock provider is busy, as mock/rate-limited always is.", retry_after=2
-            )
+            raise errors.UpstreamUnavailable("mock/rate-limited is always busy.", retry_after=2)
         pieces = _mock_pieces(model, messages[-1]["content"])
         for piece in pieces:
             # Let others run: a provider that never waits would hold the whole process.
             await anyio.sleep(0.5 if model == "slow" else 0)
             yield [piece]
         if model == "error-midstream":
-            raise UpstreamError(
-                "The mock provider failed in the middle of its answer.", retryable=True
-            )
+            raise errors.UpstreamError("mock/error-midstream fails here.", retryable=True)
         if model == "truncated":
-            raise UpstreamIncomplete("The mock provider broke off its answer.")
+            raise errors.UpstreamIncomplete("mock/truncated breaks off here.")
         asked = sum(len(message["content"].split()) for message in messages)
-        usage = {
-            "prompt_tokens": asked,
-            "completion_tokens": len(pieces),
-            "total_tokens": asked + len(pieces),
-        }
-        yield Completion(f"mock/{model}", "stop", usage)
+        usage = {"prompt_tokens": asked, "completion_tokens": len(pieces)}
+        yield Completion(f"mock/{model}", "stop", {**usage, "total_tokens": sum(usage.values())})
 
 
 LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit")
@@ -502,21 +280,18 @@ def _mock_pieces(model: str, message: str) -> Batch:
         return []
     if model == "unicode":
         return ["naïve ", "日本語 ", "👩‍👩‍👧 ", "नमस्ते ", "سلام ", "e\u0301 ", "line\u2028separator"]
-    if model.startswith("lorem-"):
-        count = model.removeprefix("lorem-")
-        if not re.fullmatch("[1-9][0-9]{0,4}", count) or int(count) > 10_000:
-            problem = "mock/lorem-N takes an N from 1 to 10000"
-            raise InvalidRequest([FieldProblem(field="model_id", message=problem)])
-        return [f"{LOREM[i % len(LOREM)]} " for i in range(int(count))]
     if model in ("slow", "error-midstream", "truncated"):
         return [f"{word} " for word in f"This is mock/{model}, not a model".split()]
+    if model.startswith("lorem-"):
+        count = model.removeprefix("lorem-")
+        if not re.fullmatch("[1-9][0-9]{0,3}|10000", count):
+            problem = "mock/lorem-N takes an N from 1 to 10000"
+            raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
+        return [f"{LOREM[i % len(LOREM)]} " for i in range(int(count))]
     said = (
         f"This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one. You said: {message}"
     )
     return re.findall(r"\s*\S+", said)
-
-
-# ---- router
 
 
 @dataclass(frozen=True)
@@ -541,7 +316,11 @@ class Router:
         allowed = settings.models or (settings.default_model,)
         if not settings.models and self._default == "mock":
             allowed = (*allowed, "mock/*")
+        self._fallbacks = [self._full_name(model) for model in settings.fallback_models]
         self._patterns = [(pattern, self._full_name(pattern)) for pattern in allowed]
+        # Names that are known before anybody asks, so that they may stand in metrics.
+        mocks = [f"mock/{model}" for model in MockProvider.models]
+        self.known = {*self._fallbacks, *mocks, *(full for _, full in self._patterns)}
         if not self._allows(self._full_name(settings.default_model)):
             raise SettingsError(f"DEFAULT_MODEL={settings.default_model!r} is not among MODELS")
 
@@ -562,12 +341,18 @@ class Router:
             names += mocks if "*" in pattern and mocks else [pattern]
         return list(dict.fromkeys(names))
 
-    def resolve(self, model_id: str | None) -> Target:
-        """Raises InvalidRequest, with the models that are allowed, for one that is not."""
+    def resolve(self, model_id: str | None) -> list[Target]:
+        """The model's target, and those to try when it fails before its first piece. Raises
+        InvalidRequest, with the models that are allowed, for one that is not."""
         full = self._full_name(self.default_model if model_id is None else model_id)
         if not self._allows(full):
             problem = f"is not a model of this service; it has {', '.join(self.models)}"
-            raise InvalidRequest([FieldProblem(field="model_id", message=problem)])
+            raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
+        # A mock's failure is a rehearsal: it has to be seen.
+        fallbacks = [] if full.startswith("mock/") else self._fallbacks
+        return [self._target(name) for name in dict.fromkeys([full, *fallbacks])]
+
+    def _target(self, full: str) -> Target:
         name, _, model = full.partition("/")
         return Target(self._providers[name], model)
 
@@ -581,14 +366,54 @@ def make_providers(settings: Settings) -> dict[str, LLMProvider]:
 
 
 async def answer(
-    target: Target, messages: Sequence[Message], attempt: Attempt, first_piece_seconds: float
-) -> AsyncGenerator[Batch | Completion, None]:
-    """One provider's stream, its first piece waited for no longer than `first_piece_seconds`."""
-    async with aclosing(target.provider.stream(messages, attempt)) as batches:
-        with anyio.move_on_after(first_piece_seconds) as waiting:
-            first = await anext(batches)
-        if waiting.cancelled_caught:
-            raise UpstreamTimeout("The model did not begin its answer in time. Try again.")
-        yield first
-        async for batch in batches:
-            yield batch
+    targets: Sequence[Target],
+    messages: Sequence[Message],
+    call: Call,
+    *,
+    first_piece_seconds: float,
+    max_retries: int,
+) -> Pieces:
+    """The answer of the first target that begins one within `first_piece_seconds`.
+
+    A target that fails before its first piece gives way to the next at once; the last is tried
+    again up to `max_retries` times, if its failure may pass and its wait fits into the time. With k
+    targets left behind it, an attempt gets 1/(k+1) of the time that remains. After the first piece
+    a failure is final: whoever reads has begun to read.
+    """
+    now = asyncio.get_running_loop().time
+    deadline = now() + first_piece_seconds
+    number = 0
+    while True:
+        target = targets[min(number, len(targets) - 1)]
+        number += 1
+        # Below 0 while other targets are left.
+        retries = number - len(targets)
+        attempt = Attempt(target.name)
+        call.attempts.append(attempt)
+        async with aclosing(target.provider.stream(target.model, messages, call)) as batches:
+            try:
+                left = deadline - now()
+                with anyio.move_on_after(left / (1 + max(0, -retries))) as waiting:
+                    first = await anext(batches)
+                if waiting.cancelled_caught:
+                    raise errors.UpstreamTimeout("The model did not begin in time. Try again.")
+            except errors.ServiceError as error:
+                failure = error
+            else:
+                yield first
+                async for batch in batches:
+                    yield batch
+                return
+        attempt.error = failure.code
+        if retries < 0:
+            continue
+        wait = backoff(retries) if failure.retry_after is None else failure.retry_after
+        if retries == max_retries or not failure.retryable or now() + wait >= deadline:
+            raise failure
+        await anyio.sleep(wait)
+
+
+def backoff(retries: int) -> float:
+    """Seconds before another try: half a second, doubling to 8, up to a quarter less at random, so
+    that many callers who failed together do not come back together."""
+    return min(0.5 * 2.0**retries, 8.0) * (1 - random.random() / 4)  # noqa: S311 - no secret

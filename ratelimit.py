@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
-from errors import Overloaded, TooManyStreams
+import errors
 from settings import ApiKey, Rate
 
+# In a second: buckets are counted by a clock of microseconds, as Redis has one.
 MICROSECONDS = 1_000_000
 # 350 bytes a bucket: 50,000 addresses are under 20 MB, in a container that is given 128.
 MAX_BUCKETS = 50_000
@@ -151,18 +152,12 @@ class Streams:
     def slot(self, caller: Caller) -> Iterator[None]:
         """Room for one answer while the block runs. Raises Overloaded or TooManyStreams."""
         if self.open >= self._limit:
-            raise Overloaded(
-                "All answers that this server may write at once are being written."
-                " Try again in a second.",
-                retry_after=1,
-            )
+            raise errors.Overloaded("All the answers that fit are being written.", retry_after=1)
         # A key stands for an application and its users, an address for one of them.
         allowed = self._limit_per_caller * (10 if caller.kind == "key" else 1)
         if self._open[caller.owner] >= allowed:
-            raise TooManyStreams(
-                f"You have {allowed} answers open, as many as you may. End one first.",
-                retry_after=1,
-            )
+            problem = f"You have {allowed} answers open, as many as you may. End one first."
+            raise errors.TooManyStreams(problem, retry_after=1)
         self.open += 1
         self._open[caller.owner] += 1
         try:

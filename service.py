@@ -3,20 +3,17 @@
 `create_app` is the one place where the parts meet; `main` runs it. Read this file first and last.
 """
 
-import ipaddress
 import logging
 import os
-import secrets
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import anyio
-import uvicorn
 from dotenv import dotenv_values
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
@@ -29,36 +26,34 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from chat import ABORT, INTERNAL, End, EventStream, parse_request
-from errors import (
-    BodyTooLarge,
-    ErrorBody,
-    InternalError,
-    InvalidAPIKey,
-    MethodNotAllowed,
-    NotFound,
-    RateLimited,
-    RequestTimeout,
-    ServiceError,
-    UnsupportedMediaType,
+import errors
+import telemetry
+from chat import INTERNAL, End, EventStream, parse_request
+from providers import (
+    Attempt,
+    Call,
+    Completion,
+    LLMProvider,
+    Message,
+    Router,
+    answer,
+    make_providers,
 )
-from providers import Attempt, Completion, Router, answer, make_providers
 from ratelimit import Caller, Limiter, Streams, by_address, find_key
+from server import Drain, Server, shutting_down
+from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, unknown_variables
-from telemetry import (
-    JSONFormatter,
-    Metrics,
-    Record,
-    RequestContext,
-    TextFormatter,
-    record_of,
-    short_address,
-    short_hash,
-)
 
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
+ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
+UNKNOWN_PROXY = (
+    "X-Forwarded-For comes from this machine and is not believed: all its users are one caller. If"
+    " that is your proxy, set FORWARDED_ALLOW_IPS=127.0.0.1"
+)
+# More than any model's context; a provider's number beyond it is nonsense.
+MAX_TOKENS = 2**31
+SWEEP_SECONDS = 60.0
 # A refused body is read on for this much, so that a client that writes before it reads gets the
 # answer and not a reset connection.
 MAX_REFUSED_BYTES = 2**22
@@ -70,9 +65,11 @@ class Service:
 
     settings: Settings
     router: Router
-    limiters: Mapping[str, Limiter | None]
+    limiters: Mapping[str, Limiter]
     streams: Streams
-    metrics: Metrics
+    drain: Drain
+    store: SessionStore
+    metrics: telemetry.Metrics
     log: logging.Logger
     # What was said once and need not be said again.
     warned: list[str] = field(default_factory=list)
@@ -80,132 +77,196 @@ class Service:
     # POST /api/v1/chat, in the order in which a request can be refused
 
     async def chat(self, request: Request) -> ASGIApp:
-        record = record_of(request.scope)
+        if self.drain.draining:
+            raise shutting_down()
+        record = telemetry.record_of(request.scope)
         caller = await self._admit(request, record)
         with ExitStack() as held:
             held.enter_context(self.streams.slot(caller))
             body = await self._body(request)
             chat = parse_request(body, self.settings.max_message_chars)
-            target = self.router.resolve(chat.model_id)
-            session_id = chat.session_id or f"s_{secrets.token_urlsafe(32)}"
-            record.fields |= {"session": short_hash(session_id), "model_asked": target.name}
-            messages = [{"role": "user", "content": chat.message}]
-            if self.settings.system_prompt:
-                messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
-            # From here on the answer holds the slot, however it ends.
+            targets = self.router.resolve(chat.model_id)
+            record.fields["model_asked"] = targets[0].name
+            if chat.session_id is not None:
+                self._refuse_shared_name(request, caller, chat.session_id)
+            session = await self.store.open(caller.owner, chat.session_id)
+            record.fields["session"] = telemetry.short_hash(session.id)
+            # From here on the answer holds slot and session, however it ends.
             slot = held.pop_all()
+        asked_at = time.time()
 
         async def settle(text: str, end: End) -> None:
-            slot.close()
-            self._note(record, attempt, end)
+            whole = isinstance(end, Completion)
+            # Without text there is nothing to remember, and some providers refuse an empty answer.
+            turn = Turn(chat.message, text, whole, asked_at, time.time()) if text else None
+            with slot:
+                await self.store.end(session, turn)
 
-        attempt = Attempt(target.provider.name, target.model, record.request_id, record.traceparent)
-        stream = EventStream(
-            answer(target, messages, attempt, self.settings.first_token_timeout_seconds),
-            settle,
-            request_id=record.request_id,
-            session_id=session_id,
-            settings=self.settings,
+        call = Call(record.request_id, record.traceparent)
+        pieces = answer(
+            targets,
+            self._messages(session, chat.message),
+            call,
+            first_piece_seconds=self.settings.first_token_timeout_seconds,
+            max_retries=self.settings.max_retries,
         )
+        stream = EventStream(pieces, settle, record.request_id, session.id, self.settings)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                await stream(scope, receive, send)
+                with self.drain.under_way(stream.end_early):
+                    await stream(scope, receive, send)
             finally:
-                self._count(record, attempt, stream)
+                self._report(record, call, stream)
 
         return respond
 
-    async def _admit(self, request: Request, record: Record) -> Caller:
+    async def _admit(self, request: Request, record: telemetry.Record) -> Caller:
         """The caller, who had a token left; the answer's RateLimit headers say how many more."""
         address = by_address(request.client.host if request.client else None)
         self._look_for_proxy(request)
         scheme, _, presented = request.headers.get("authorization", "").partition(" ")
-        key = find_key(presented.strip(), self.settings.api_keys)
+        bearer = scheme.lower() == "bearer"
+        key = find_key(presented.strip(), self.settings.api_keys) if bearer else None
         # A wrong key is charged to its address, or guessing would be free; a right one never is.
-        caller = key if scheme.lower() == "bearer" and key else address
-        record.fields["caller"] = key.name if caller is key else short_address(address.name)
-        limiter = self.limiters[caller.kind]
+        caller = key or address
+        record.fields["caller"] = key.name if key else telemetry.short_address(address.name)
+        limiter = self.limiters.get(caller.kind)
         if limiter is not None:
             verdict = await limiter.take(caller)
             limit, seconds = limiter.rate
-            record.headers += [
-                (b"ratelimit-policy", f'"{caller.kind}";q={limit};w={seconds}'.encode()),
-                (b"ratelimit", f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'.encode()),
-            ]
+            policy = f'"{caller.kind}";q={limit};w={seconds}'
+            record.headers.append((b"ratelimit-policy", policy.encode()))
+            left = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
+            record.headers.append((b"ratelimit", left.encode()))
             if not verdict.allowed:
-                raise RateLimited(
-                    f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s.",
-                    retry_after=verdict.wait,
-                )
-        if caller is address and scheme.lower() == "bearer":
-            raise InvalidAPIKey("This API key is unknown. Check it, or leave it out.")
-        if caller is address and not self.settings.allow_anonymous:
-            raise InvalidAPIKey("An API key is needed: send the header Authorization: Bearer KEY.")
+                problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
+                raise errors.RateLimited(problem, retry_after=verdict.wait)
+        if bearer and key is None:
+            raise errors.InvalidAPIKey("This API key is unknown. Check it, or leave it out.")
+        if key is None and not self.settings.allow_anonymous:
+            raise errors.InvalidAPIKey("A key is needed: send Authorization: Bearer KEY.")
         return caller
 
     def _look_for_proxy(self, request: Request) -> None:
         """Say once that all users of an unknown proxy are one caller."""
-        settings = self.settings
-        if settings.forwarded_allow_ips or self.warned or request.client is None:
-            return
-        if "x-forwarded-for" in request.headers and _is_loopback(request.client.host):
+        local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
+        unknown = not (self.settings.forwarded_allow_ips or self.warned)
+        if local and unknown and "x-forwarded-for" in request.headers:
             self.warned.append("proxy")
-            self.log.warning(
-                "X-Forwarded-For comes from this machine and is not believed: all its users are one"
-                " caller. If that is your proxy, set FORWARDED_ALLOW_IPS=127.0.0.1"
-            )
+            self.log.warning(UNKNOWN_PROXY)
 
     async def _body(self, request: Request) -> bytes:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
-            raise UnsupportedMediaType(
-                "The body must be JSON and say so: curl -H 'Content-Type: application/json'."
-            )
-        limit = self.settings.max_body_bytes
+            problem = "The body must be JSON and say so: curl -H 'Content-Type: application/json'."
+            raise errors.UnsupportedMediaType(problem)
+        limit, seconds = self.settings.max_body_bytes, self.settings.body_timeout_seconds
         body = bytearray()
         received = 0
-        with anyio.move_on_after(self.settings.body_timeout_seconds) as waiting:
+        waiting = anyio.move_on_after(seconds)
+        with waiting, self.drain.under_way(lambda error: waiting.cancel()):
             async for part in request.stream():
                 received += len(part)
                 if received <= limit:
                     body += part
                 elif received > MAX_REFUSED_BYTES:
                     break
-        if waiting.cancelled_caught:
-            raise RequestTimeout(
-                f"The body did not arrive within {self.settings.body_timeout_seconds:g} s.",
-                headers={"Connection": "close"},
-            )
+        refused: errors.ServiceError
         if received > limit:
-            raise BodyTooLarge(f"The body may have {limit} bytes.", headers={"Connection": "close"})
-        return bytes(body)
+            refused = errors.BodyTooLarge(f"The body may have {limit} bytes.")
+        elif waiting.cancelled_caught and self.drain.draining:
+            refused = shutting_down()
+        elif waiting.cancelled_caught:
+            refused = errors.RequestTimeout(f"The body did not arrive within {seconds:g} s.")
+        else:
+            return bytes(body)
+        # What is still to come of the body is not read.
+        refused.headers["Connection"] = "close"
+        raise refused
 
-    def _note(self, record: Record, attempt: Attempt, end: End) -> None:
-        """What the log says of an answer's ending."""
-        record.fields |= {"provider": attempt.provider, "model": attempt.model}
-        if attempt.request_id:
-            record.fields["provider_request_id"] = attempt.request_id
-        if attempt.status:
-            record.fields["provider_status"] = attempt.status
-        if isinstance(end, Completion):
-            record.fields |= {"model": end.model, "usage": end.usage}
-            for kind in ("prompt_tokens", "completion_tokens"):
-                count = (end.usage or {}).get(kind)
-                if isinstance(count, int):
-                    self.metrics.tokens.labels(attempt.provider, attempt.model, kind).inc(count)
-        if isinstance(end, InternalError):
-            record.defect = end.__cause__ or end
+    def _refuse_shared_name(self, request: Request, caller: Caller, session_id: str) -> None:
+        """An id of one's own choice is private to the caller. Behind an unknown proxy all users
+        have one address, and would read each other's `demo`."""
+        proxied = "x-forwarded-for" in request.headers or "forwarded" in request.headers
+        shared = proxied and not self.settings.forwarded_allow_ips
+        shared = caller.kind == "anonymous" and (shared or caller.name == "unknown")
+        if shared and not ISSUED.fullmatch(session_id):
+            problem = (
+                "can't be chosen here, where one address may be many users: leave it out and keep"
+                " the one you are given, or have FORWARDED_ALLOW_IPS set"
+            )
+            raise errors.InvalidRequest(errors.FieldProblem(field="session_id", message=problem))
 
-    def _count(self, record: Record, attempt: Attempt, stream: EventStream) -> None:
+    def _messages(self, session: Session, message: str) -> list[Message]:
+        messages = []
+        if self.settings.system_prompt:
+            messages.append({"role": "system", "content": self.settings.system_prompt})
+        for turn in session.turns:
+            messages.append({"role": "user", "content": turn.message})
+            messages.append({"role": "assistant", "content": turn.answer})
+        return [*messages, {"role": "user", "content": message}]
+
+    def _report(self, record: telemetry.Record, call: Call, stream: EventStream) -> None:
+        """What log and metrics say of an answer, once it has ended."""
+        end = stream.end
         record.outcome = stream.outcome
         record.waited = stream.waited + stream.blocked
-        record.fields["pieces"] = stream.pieces
-        self.metrics.pieces.labels(attempt.provider, attempt.model).inc(stream.pieces)
+        record.fields |= {"pieces": stream.pieces}
+        if isinstance(end, errors.InternalError):
+            record.defect = end.__cause__ or end
+        if isinstance(end, errors.ServiceError) and end.__cause__ is not None:
+            record.fields["cause"] = type(end.__cause__).__name__
+        last = call.attempts[-1] if call.attempts else Attempt(record.fields["model_asked"])
+        if isinstance(end, errors.ServiceError) and not isinstance(end, errors.OurError):
+            last.error = end.code
+        name = last.model
+        provider, _, model = name.partition("/")
+        # A glob lets callers make up names, which must not become labels.
+        model = model if name in self.router.known else "other"
+        attempts = [asdict(attempt) for attempt in call.attempts]
+        record.fields |= {"provider": provider, "attempts": attempts}
+        self.metrics.pieces.labels(provider, model).inc(stream.pieces)
         if stream.first_piece_at is not None:
             seconds = max(0.0, stream.first_piece_at - record.started)
             record.fields["first_piece_ms"] = round(seconds * 1000, 1)
             self.metrics.first_piece.observe(seconds)
+        if isinstance(end, Completion):
+            record.fields |= {"model": end.model, "finish_reason": end.finish_reason}
+            for kind in ("prompt_tokens", "completion_tokens"):
+                count = (end.usage or {}).get(kind)
+                if isinstance(count, int) and 0 <= count < MAX_TOKENS:
+                    record.fields[kind] = count
+                    self.metrics.tokens.labels(provider, model, kind).inc(count)
+
+    # What a session remembers, and its end
+
+    async def session(self, request: Request) -> Response:
+        owner, session_id = await self._session_asked(request)
+        if request.method == "DELETE":
+            await self.store.delete(owner, session_id)
+            return Response(status_code=204)
+        session = await self.store.read(owner, session_id)
+        messages = []
+        for turn in session.turns:
+            messages.append(_message("user", turn.message, turn.asked_at))
+            messages.append(_message("assistant", turn.answer, turn.answered_at, turn.complete))
+        view = {
+            "session_id": session.id,
+            "created_at": _rfc3339(session.created_at),
+            "expires_at": _rfc3339(session.expires_at),
+            "messages": messages,
+        }
+        return JSONResponse(view, headers={"Cache-Control": "no-store"})
+
+    async def _session_asked(self, request: Request) -> tuple[str, str]:
+        """The owner who asks and the id asked for."""
+        record = telemetry.record_of(request.scope)
+        caller = await self._admit(request, record)
+        session_id: str = request.path_params["session_id"]
+        record.fields["session"] = telemetry.short_hash(session_id)
+        self._refuse_shared_name(request, caller, session_id)
+        return caller.owner, session_id
 
     # The other routes
 
@@ -216,89 +277,102 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
+        if self.drain.draining:
+            raise shutting_down()
+        await self.store.check()
         return JSONResponse({"status": "ready"})
 
     async def show_metrics(self, request: Request) -> Response:
-        return Response(
-            generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        text = generate_latest(self.metrics.registry)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _message(role: str, content: str, at: float, complete: bool = True) -> dict[str, object]:
+    return {"role": role, "content": content, "created_at": _rfc3339(at), "complete": complete}
 
 
-# Errors, as answers
+def _rfc3339(seconds: float) -> str:
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
-async def on_service_error(request: Request, error: Exception) -> Response:
-    return error_response(request, cast(ServiceError, error))  # Starlette's handlers take any
-
-
-def error_response(request: Request, error: ServiceError) -> Response:
-    record = record_of(request.scope)
-    record.outcome = error.code
-    body = ErrorBody(error=error.detail(), id=record.request_id)
-    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **error.headers}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, InvalidAPIKey):
+async def on_error(request: Request, error: Exception) -> Response:
+    """Any error, ours or Starlette's, as an answer."""
+    record = telemetry.record_of(request.scope)
+    told: errors.ServiceError
+    if isinstance(error, errors.ServiceError):
+        told = error
+    elif isinstance(error, HTTPException) and error.headers:
+        told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
+        told.headers |= error.headers
+    elif isinstance(error, HTTPException):
+        told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
+    else:
+        told = errors.InternalError(INTERNAL)
+    record.outcome = record.outcome or told.code
+    if told.__cause__ is not None:
+        record.fields["cause"] = type(told.__cause__).__name__
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **told.headers}
+    detail = told.detail()
+    if detail.retry_after is not None:
+        headers["Retry-After"] = str(detail.retry_after)
+    if isinstance(told, errors.InvalidAPIKey):
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(to_json(body), error.status, headers, "application/json")
-
-
-async def on_not_found(request: Request, error: Exception) -> Response:
-    return error_response(request, NotFound("No such route. Chat is at POST /api/v1/chat."))
-
-
-async def on_method_not_allowed(request: Request, error: Exception) -> Response:
-    allowed = (cast(HTTPException, error).headers or {})["Allow"]
-    refused = MethodNotAllowed(f"This route takes {allowed}.", headers={"Allow": allowed})
-    return error_response(request, refused)
-
-
-async def on_defect(request: Request, error: Exception) -> Response:
-    return error_response(request, InternalError(INTERNAL))
+    body = errors.ErrorBody(error=detail, id=record.request_id)
+    return Response(to_json(body), told.status, headers, "application/json")
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """The client left while it sent its request: nobody reads this answer."""
-    record_of(request.scope).outcome = "client_gone"
+    telemetry.record_of(request.scope).outcome = "client_gone"
     return Response(status_code=400)
 
 
-# Putting it together
+async def keep_sweeping(store: SessionStore) -> None:
+    """Expired sessions go away by themselves, also where nobody asks any more."""
+    while True:
+        # What can't be removed now is removed next time.
+        with suppress(errors.StateUnavailable):
+            await store.sweep()
+        await anyio.sleep(SWEEP_SECONDS)
 
 
-def create_app(settings: Settings, log: logging.Logger) -> ASGIApp:
-    """The whole application. Opens nothing until its lifespan begins. Raises SettingsError."""
-    providers = make_providers(settings)
-    metrics = Metrics()
+def make_service(settings: Settings, router: Router, log: logging.Logger, drain: Drain) -> Service:
+    path = ":memory:"
+    if settings.state_url != "memory://":
+        path = settings.state_url.removeprefix("sqlite:///")
+    ttl, chars = settings.session_ttl_seconds, settings.history_max_chars
+    rates = {"anonymous": settings.rate_limit, "key": settings.rate_limit_api_key}
     streams = Streams(settings.max_streams, settings.max_streams_per_caller)
+    metrics = telemetry.Metrics()
     metrics.open_streams.set_function(lambda: streams.open)
-
-    def clock() -> int:
-        return time.monotonic_ns() // 1000
-
-    service = Service(
+    return Service(
         settings=settings,
-        router=Router(settings, providers),
-        limiters={
-            "anonymous": Limiter(settings.rate_limit, clock) if settings.rate_limit else None,
-            "key": Limiter(settings.rate_limit_api_key, clock)
-            if settings.rate_limit_api_key
-            else None,
-        },
+        router=router,
+        limiters={kind: Limiter(rate, _microseconds) for kind, rate in rates.items() if rate},
         streams=streams,
+        drain=drain,
+        store=SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time),
         metrics=metrics,
         log=log,
     )
+
+
+def _microseconds() -> int:
+    return time.monotonic_ns() // 1000
+
+
+def create_app(
+    settings: Settings, log: logging.Logger, drain: Drain, *more: LLMProvider
+) -> ASGIApp:
+    """The whole application, which ends when `drain` says so; `more` are providers beside those of
+    the settings. Raises SettingsError."""
+    providers = make_providers(settings) | {provider.name: provider for provider in more}
+    service = make_service(settings, Router(settings, providers), log, drain)
     routes = [
         Route("/api/v1/chat", service.chat, methods=["POST"]),
         Route("/api/v1/models", service.models),
+        Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", service.healthz),
         Route("/readyz", service.readyz),
     ]
@@ -307,72 +381,41 @@ def create_app(settings: Settings, log: logging.Logger) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(keep_sweeping, service.store)
+            yield
+            tasks.cancel_scope.cancel()
+        await service.store.aclose()
         for provider in providers.values():
             await provider.aclose()
 
-    starlette = Starlette(
-        routes=routes,
-        exception_handlers={
-            ServiceError: on_service_error,
-            ClientDisconnect: on_client_gone,
-            404: on_not_found,
-            405: on_method_not_allowed,
-            Exception: on_defect,
-        },
-        lifespan=lifespan,
-    )
+    on_errors = dict.fromkeys((errors.ServiceError, HTTPException, Exception), on_error)
+    handlers = {**on_errors, ClientDisconnect: on_client_gone}
+    starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
-    app: ASGIApp = TrustedHostMiddleware(
-        starlette, allowed_hosts=settings.allowed_hosts, www_redirect=False
-    )
+    # From the inside out: each wraps the one before, RequestContext all of them.
+    app: ASGIApp = TrustedHostMiddleware(starlette, settings.allowed_hosts, www_redirect=False)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=("Authorization", "Content-Type", "X-Request-ID", "traceparent"),
+            allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
     if settings.forwarded_allow_ips:
         trusted = [str(network) for network in settings.forwarded_allow_ips]
         # uvicorn and Starlette each have types of their own for ASGI.
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
-    return RequestContext(app, log, metrics)
-
-
-# Running it
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, with a way to cut a client that does not read; `close` would wait."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        # ASGI calls extensions dictionaries; this one is a function, for `EventStream` alone.
-        self.scope["extensions"] = {ABORT: cast(Any, self.transport.abort)}
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server, saying where it listens in this service's own log."""
-
-    def __init__(self, config: uvicorn.Config, log: logging.Logger, answers: str) -> None:
-        super().__init__(config)
-        self._log = log
-        self._answers = answers
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._log.info("Listening on %s; answers come from %s", url, self._answers)
+    return telemetry.RequestContext(app, log, service.metrics)
 
 
 def configure_logging(level: str) -> logging.Logger:
     """This service's log, and other libraries' warnings, on stdout: JSON lines, or text where a
     person watches."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(TextFormatter() if sys.stdout.isatty() else JSONFormatter())
+    readable = sys.stdout.isatty()
+    handler.setFormatter(telemetry.TextFormatter() if readable else telemetry.JSONFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # uvicorn warns of every request that is not HTTP, which anybody can send.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
@@ -382,39 +425,23 @@ def configure_logging(level: str) -> logging.Logger:
 
 
 def main() -> None:
-    """Serve until told to stop. Exits with 2 where the settings are at fault."""
-    file = {name: value or "" for name, value in dotenv_values(".env").items()}
+    """Serve until told to stop. Ends with 2 where the settings are at fault."""
     given = {name: value for name, value in os.environ.items() if value.strip()}
+    drain = Drain()
     try:
+        file = {name: value or "" for name, value in dotenv_values(".env").items()}
         settings = from_env({**file, **given})
         log = configure_logging(settings.log_level)
-        app = create_app(settings, log)
-    except SettingsError as error:
-        sys.exit(f"chat-sidecar can't start: {error}")
+        app = create_app(settings, log, drain)
+    except (SettingsError, UnicodeDecodeError) as error:
+        reason = error if isinstance(error, SettingsError) else ".env is not text in UTF-8"
+        sys.stderr.write(f"chat-sidecar can't start: {reason}\n")
+        sys.exit(2)
     for warning in unknown_variables(file, settings):
         log.warning(warning)
     if settings.default_provider_name == "mock":
         log.warning("NO MODEL ANSWERS: set OPENAI_API_KEY in .env. Until then a mock does.")
-    make_server(app, settings, log).run()
-
-
-def make_server(app: ASGIApp, settings: Settings, log: logging.Logger) -> Server:
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=Protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        # Longer than the 60 s for which load balancers keep an idle connection.
-        timeout_keep_alive=75,
-    )
-    answers = f"{settings.default_provider_name} ({settings.default_model})"
-    return Server(config, log, answers)
+    Server(app, settings, log, drain).run()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -16,7 +17,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     HttpUrl,
     IPvAnyNetwork,
@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-OPENAI_BASE_URL = "https://api.openai.com/v1"
+SECRETS = frozenset({"OPENAI_API_KEY", "API_KEYS"})
 RATE_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
@@ -72,13 +72,13 @@ def _api_keys(value: object) -> object:
     if not isinstance(value, str):
         return value
     keys = []
-    for item in value.split(","):
+    for number, item in enumerate(value.split(","), start=1):
         name, _, key = item.strip().partition(":")
         if not re.fullmatch("[a-z0-9-]{1,32}", name):
             raise ValueError("takes name:key,name:key with names of a-z, 0-9 and - (at most 32)")
         # 20 characters of hex are 80 bits: what is shorter can be guessed.
         if not re.fullmatch("[!-~]{20,}", key):
-            raise ValueError(f"the key of {name} needs at least 20 visible ASCII characters")
+            raise ValueError(f"key number {number} needs at least 20 visible ASCII characters")
         keys.append(ApiKey(name, hashlib.sha256(key.encode()).digest()))
     return tuple(keys)
 
@@ -96,114 +96,137 @@ def _base_url(value: HttpUrl) -> HttpUrl:
     return value
 
 
-def _origin(value: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#*@]+", value):
-        raise ValueError("takes exact origins such as https://app.example.com, never *")
+def _network(value: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    if value.prefixlen == 0:
+        raise ValueError("takes proxies' addresses and networks; everybody can't be believed")
     return value
 
 
-def _host(value: str) -> str:
-    if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9.\[\]:_-]+", value):
-        raise ValueError("takes host names such as localhost or *.example.com")
-    return value
+def _matching(pattern: str, takes: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"takes {takes}")
+        return value
+
+    return AfterValidator(check)
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+LIST = BeforeValidator(_split)
+Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Limit = Annotated[Rate | None, BeforeValidator(_rate)]
 Bearer = Annotated[SecretStr, AfterValidator(_bearer)]
 BaseUrl = Annotated[HttpUrl, AfterValidator(_base_url)]
+Network = Annotated[IPvAnyNetwork, AfterValidator(_network)]
+Origin = Annotated[
+    str, _matching(r"https?://[^\s/?#*@]+", "exact origins: https://app.example.com, never *")
+]
+Host = Annotated[
+    str,
+    _matching(
+        r"\*|(\*\.)?[\w.-]+|\[[0-9a-f:.]+\]", "host names such as localhost or *.example.com"
+    ),
+]
+StateUrl = Annotated[
+    str, _matching("memory://|sqlite:///.+", "sqlite:///PATH (sqlite:////PATH from /) or memory://")
+]
 
 
-class Upstream(BaseModel):
+class Upstream(BaseModel, frozen=True, hide_input_in_errors=True):
     """An OpenAI-compatible server, asked at `{base_url}/chat/completions`."""
-
-    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     name: str
     base_url: BaseUrl
     api_key: Bearer | None = None
 
 
-class Settings(BaseModel):
-    """One variable a field, the name in capitals. The order is that of `.env.example`."""
+class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
+    """One variable a field, the name in capitals, and above it the reason for it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    # With it, OpenAI answers.
+    openai_api_key: Bearer | None = None
+    # Another address for the provider openai.
+    openai_base_url: BaseUrl = HttpUrl("https://api.openai.com/v1")
+    # More OpenAI-compatible servers: groq needs GROQ_BASE_URL and, if it has one, GROQ_API_KEY.
+    providers: Annotated[tuple[Upstream, ...], LIST] = ()
+    # Who answers a bare model name; unset: openai if it has a key, else the first of PROVIDERS,
+    # else mock.
+    default_provider: str | None = None
+    # For requests that name no model.
+    default_model: str = "gpt-4o-mini"
+    # Models that callers may ask for, globs allowed; unset: DEFAULT_MODEL alone.
+    models: Annotated[tuple[str, ...], LIST] = ()
+    # Asked in this order when a model fails before its first piece.
+    fallback_models: Annotated[tuple[str, ...], LIST] = ()
+    # Goes before every conversation.
+    system_prompt: str | None = None
+    # A limit for each answer; unset: the provider's own.
+    max_output_tokens: Count | None = None
 
-    openai_api_key: Bearer | None = Field(None, description="with it, OpenAI answers")
-    openai_base_url: BaseUrl = Field(
-        HttpUrl(OPENAI_BASE_URL), description="another address for the provider openai"
-    )
-    providers: Annotated[tuple[Upstream, ...], BeforeValidator(_split)] = Field(
-        (), description="more OpenAI-compatible servers: groq needs GROQ_BASE_URL, GROQ_API_KEY"
-    )
-    default_provider: str | None = Field(
-        None,
-        description="who answers a bare model name: openai if it has a key, else the first of"
-        " PROVIDERS, else mock",
-    )
-    default_model: str = Field("gpt-4o-mini", description="for requests that name no model")
-    models: Names = Field(
-        (), description="models that callers may ask for, globs allowed; unset: DEFAULT_MODEL alone"
-    )
-    system_prompt: str | None = Field(None, description="goes before every conversation")
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="a limit for each answer; unset: the provider's own"
-    )
+    # The address to listen on; 0.0.0.0 in a container.
+    host: str = "127.0.0.1"
+    # 0 takes a free one.
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    # Host headers to answer; on a developer's machine, localhost keeps rebinding pages out.
+    allowed_hosts: Annotated[tuple[Host, ...], LIST] = ("*",)
+    # Proxies whose X-Forwarded-For is believed: addresses and networks.
+    forwarded_allow_ips: Annotated[tuple[Network, ...], LIST] = ()
+    # Web pages that may call from a browser: exact origins.
+    cors_origins: Annotated[tuple[Origin, ...], LIST] = ()
+    # Callers with keys: name:key,name:key.
+    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys), Field(repr=False)] = ()
+    # False: only callers with a key.
+    allow_anonymous: bool = True
+    # For each anonymous address: N/second, N/minute, N/hour, N/day, or off.
+    rate_limit: Limit = Rate(10, 60)
+    # For each key.
+    rate_limit_api_key: Limit = Rate(600, 60)
 
-    host: str = Field("127.0.0.1", description="the address to listen on; 0.0.0.0 in a container")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
-    allowed_hosts: Annotated[
-        tuple[Annotated[str, AfterValidator(_host)], ...], BeforeValidator(_split)
-    ] = Field(("*",), description="Host headers to answer; localhost keeps rebinding pages out")
-    forwarded_allow_ips: Annotated[tuple[IPvAnyNetwork, ...], BeforeValidator(_split)] = Field(
-        (), description="proxies whose X-Forwarded-For is believed: addresses and networks"
-    )
-    cors_origins: Annotated[
-        tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split)
-    ] = Field((), description="web pages that may call from a browser: exact origins")
-    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys)] = Field(
-        (), repr=False, description="callers with keys: name:key,name:key"
-    )
-    allow_anonymous: bool = Field(True, description="false: only callers with a key")
-    rate_limit: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
-        Rate(10, 60), description="for each anonymous address: N/second|minute|hour|day, or off"
-    )
-    rate_limit_api_key: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
-        Rate(600, 60), description="for each key"
-    )
+    # Where sessions are kept: sqlite:///PATH, or memory:// to lose them at the end.
+    state_url: StateUrl = "sqlite:///chat.db"
+    # A session's life after its last turn.
+    session_ttl_seconds: Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)] = 86400
+    # What a session remembers: the newest turns that fit.
+    history_max_chars: Count = 32000
+    # A request's body.
+    max_body_bytes: Annotated[int, Field(ge=64, le=2**24)] = 65536
+    # A message, in Unicode code points.
+    max_message_chars: Count = 8000
+    # Answers at once, in all.
+    max_streams: Count = 1000
+    # Answers at once for one address; ten times that for a key.
+    max_streams_per_caller: Count = 10
+    # To reach the provider.
+    connect_timeout_seconds: Seconds = 5
+    # Until its first piece.
+    first_token_timeout_seconds: Seconds = 60
+    # Between two pieces.
+    idle_timeout_seconds: Seconds = 30
+    # For a whole answer.
+    total_timeout_seconds: Seconds = 600
+    # For a client to take what we sent.
+    write_timeout_seconds: Seconds = 30
+    # For a request's body to arrive.
+    body_timeout_seconds: Seconds = 10
+    # Silence before a comment line keeps proxies from hanging up.
+    heartbeat_seconds: Seconds = 15
+    # Further tries of the last model before its first piece; each may be billed.
+    max_retries: Annotated[int, Field(ge=0, le=10)] = 2
+    # For running answers to end when the service is told to stop.
+    drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 20
 
-    max_body_bytes: Annotated[int, Field(ge=64, le=2**24)] = Field(
-        65536, description="a request's body"
-    )
-    max_message_chars: Annotated[int, Field(ge=1)] = Field(
-        8000, description="a message, in Unicode code points"
-    )
-    max_streams: Annotated[int, Field(ge=1)] = Field(1000, description="answers at once, in all")
-    max_streams_per_caller: Annotated[int, Field(ge=1)] = Field(
-        10, description="answers at once for one address; ten times that for a key"
-    )
-    connect_timeout_seconds: Seconds = Field(5, description="to reach the provider")
-    first_token_timeout_seconds: Seconds = Field(60, description="until its first piece")
-    idle_timeout_seconds: Seconds = Field(30, description="between two pieces")
-    total_timeout_seconds: Seconds = Field(600, description="for a whole answer")
-    write_timeout_seconds: Seconds = Field(30, description="for a client to take what we sent")
-    body_timeout_seconds: Seconds = Field(10, description="for a request's body to arrive")
-    heartbeat_seconds: Seconds = Field(
-        15, description="silence before a comment line keeps proxies from hanging up"
-    )
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="warning hides the line for each request"
-    )
-    metrics: bool = Field(True, description="off removes /metrics")
+    # Warning hides the line for each request.
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # Off removes /metrics.
+    metrics: bool = True
 
     @property
     def upstreams(self) -> tuple[Upstream, ...]:
         """Every configured server, OpenAI first if it has a key."""
         if self.openai_api_key is None:
             return self.providers
-        openai = Upstream(name="openai", base_url=self.openai_base_url, api_key=self.openai_api_key)
-        return (openai, *self.providers)
+        key, url = self.openai_api_key, self.openai_base_url
+        return (Upstream(name="openai", base_url=url, api_key=key), *self.providers)
 
     @property
     def default_provider_name(self) -> str:
@@ -212,18 +235,15 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [upstream.name for upstream in self.upstreams]
+        names = [*(upstream.name for upstream in self.upstreams), "mock"]
         if self.default_provider == "openai" and "openai" not in names:
             raise ValueError("DEFAULT_PROVIDER=openai needs OPENAI_API_KEY, which is not set")
-        if self.default_provider_name not in [*names, "mock"]:
-            known = ", ".join([*names, "mock"])
+        if self.default_provider_name not in names:
+            known = ", ".join(names)
             raise ValueError(f"DEFAULT_PROVIDER={self.default_provider!r} takes one of {known}")
         if not self.allow_anonymous and not self.api_keys:
             raise ValueError("ALLOW_ANONYMOUS=false needs API_KEYS: nobody could ask anything")
         return self
-
-
-SECRETS = frozenset({"OPENAI_API_KEY", "API_KEYS"})
 
 
 def variables() -> list[str]:
@@ -238,7 +258,9 @@ def from_env(env: Mapping[str, str]) -> Settings:
         if value := _read(env, name, secret=name in SECRETS):
             values[name.lower()] = value
     if "providers" in values:
-        values["providers"] = [_upstream(env, name) for name in _items(values["providers"])]
+        values["providers"] = [
+            _upstream(env, name) for name in dict.fromkeys(_items(values["providers"]))
+        ]
     try:
         return Settings(**values)
     except ValidationError as error:
@@ -260,9 +282,12 @@ def unknown_variables(file: Iterable[str], settings: Settings) -> list[str]:
     return warnings
 
 
-def _read(env: Mapping[str, str], name: str, secret: bool = False) -> str:
+def _read(env: Mapping[str, str], name: str, *, secret: bool) -> str:
     """A variable's text, or that of the file that `NAME_FILE` names; "" where neither is set."""
     value = env.get(name, "").strip()
+    # Python stands in lone surrogates for bytes of the environment that are no text.
+    if not value.isascii() and value != value.encode(errors="ignore").decode():
+        raise SettingsError(f"{name} is not text in UTF-8")
     path = env.get(f"{name}_FILE", "").strip() if secret else ""
     if not path:
         return value
@@ -270,8 +295,8 @@ def _read(env: Mapping[str, str], name: str, secret: bool = False) -> str:
         raise SettingsError(f"{name} and {name}_FILE are both set: keep one")
     try:
         return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
         raise SettingsError(f"{name}_FILE={path!r} can't be read: {reason}") from None
 
 
@@ -280,13 +305,12 @@ def _prefix(name: str) -> str:
 
 
 def _upstream(env: Mapping[str, str], name: str) -> Upstream:
-    if not re.fullmatch("[a-z][a-z0-9-]{0,31}", name) or name in ("openai", "mock"):
-        raise SettingsError(
-            f"PROVIDERS: {name!r} is not usable: takes names such as groq or local-llm;"
-            " openai and mock need no entry"
-        )
     prefix = _prefix(name)
-    values = {"base_url": _read(env, f"{prefix}_BASE_URL")}
+    taken = name == "mock" or f"{prefix}_API_KEY" in variables()
+    if taken or not re.fullmatch("[a-z][a-z0-9-]{0,31}", name):
+        takes = "takes names such as groq or local-llm; openai and mock need no entry"
+        raise SettingsError(f"PROVIDERS: {name!r} is not usable: {takes}")
+    values = {"base_url": _read(env, f"{prefix}_BASE_URL", secret=False)}
     if key := _read(env, f"{prefix}_API_KEY", secret=True):
         values["api_key"] = key
     if not values["base_url"]:
@@ -306,8 +330,7 @@ def _one_line(error: ValidationError, values: Mapping[str, str], prefix: str = "
         return message
     field = str(first["loc"][0])
     name = prefix + field.upper()
-    # An address may hold a password.
-    got = re.sub("//[^@/]*@", "//***@", f"={values[field]!r}")
-    if name in SECRETS or name.endswith("_API_KEY"):
-        got = ""
-    return f"{name}{got}: {message}"
+    got = values[field]
+    # An address may hold a password, or a key in its query.
+    secret = name in SECRETS or field == "api_key" or re.search("[@?]", str(got))
+    return f"{name}: {message}" if secret else f"{name}={got!r}: {message}"

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -60,69 +61,39 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "chat_requests",
-            "Requests, by how they ended",
-            ("route", "status", "outcome"),
-            registry=self.registry,
-        )
-        self.duration = Histogram(
-            "chat_request_seconds",
-            "From a request's first byte to its answer's last",
-            ("route",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.open_streams = Gauge(
-            "chat_open_streams", "Answers being written", registry=self.registry
-        )
-        self.first_piece = Histogram(
-            "chat_first_piece_seconds",
-            "From a request's first byte to its answer's first piece",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.pieces = Counter(
-            "chat_pieces", "Pieces of text sent", ("provider", "model"), registry=self.registry
-        )
-        self.tokens = Counter(
-            "chat_tokens",
-            "Tokens, as the providers count them",
-            ("provider", "model", "kind"),
-            registry=self.registry,
-        )
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        ended = ("route", "status", "outcome")
+        self.requests = counter("chat_requests", "Requests, by how they ended", ended)
+        self.duration = histogram("chat_request_seconds", "A request, to its end", ("route",))
+        self.first_piece = histogram("chat_first_piece_seconds", "A request, to its first piece")
+        answered = ("provider", "model")
+        self.pieces = counter("chat_pieces", "Pieces of text sent", answered)
+        self.tokens = counter("chat_tokens", "Tokens, as providers count", (*answered, "kind"))
+        self.open_streams = Gauge("chat_open_streams", "Answers open", registry=self.registry)
 
 
+@dataclass(frozen=True)
 class RequestContext:
     """ASGI middleware, the outermost: gives each request its id and its record, and reports it."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        log: logging.Logger,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.perf_counter,
-        new_id: Callable[[], str] = lambda: f"req_{secrets.token_hex(16)}",
-    ) -> None:
-        self._app = app
-        self._log = log
-        self._metrics = metrics
-        self._clock = clock
-        self._new_id = new_id
+    app: ASGIApp
+    log: logging.Logger
+    metrics: Metrics
+    # The event loop's clock, so that a stream's times and these can be compared.
+    clock: Callable[[], float] = time.monotonic
+    new_id: Callable[[], str] = lambda: f"req_{secrets.token_hex(16)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        trace = headers.get("traceparent", "")
-        record = Record(
-            request_id=given if REQUEST_ID.fullmatch(given) else self._new_id(),
-            traceparent=trace if TRACEPARENT.fullmatch(trace) else None,
-            started=self._clock(),
-        )
-        record.headers.append((b"x-request-id", record.request_id.encode()))
+        given, trace = headers.get("x-request-id", ""), headers.get("traceparent", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else self.new_id()
+        traceparent = trace if TRACEPARENT.fullmatch(trace) else None
+        record = Record(request_id, traceparent, self.clock())
+        record.headers.append((b"x-request-id", request_id.encode()))
         scope["chat_sidecar.record"] = record
 
         async def send_with_headers(message: Message) -> None:
@@ -132,7 +103,7 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            await self.app(scope, receive, send_with_headers)
         except Exception as error:
             # Starlette has answered 500 before it passed the error on.
             record.defect = error
@@ -140,13 +111,15 @@ class RequestContext:
             self._report(scope, record)
 
     def _report(self, scope: Scope, record: Record) -> None:
-        seconds = self._clock() - record.started
+        seconds = self.clock() - record.started
         # Only paths of routes become labels: anybody can ask for any other.
         route = getattr(scope.get("route"), "path", "unmatched")
         # What middleware refused has no code: a foreign Host, a preflight from elsewhere.
         outcome = record.outcome or ("done" if (record.status or 500) < 400 else "refused")
-        self._metrics.requests.labels(route, record.status, outcome).inc()
-        self._metrics.duration.labels(route).observe(seconds)
+        if record.defect:
+            outcome = "internal_error"
+        self.metrics.requests.labels(route, record.status, outcome).inc()
+        self.metrics.duration.labels(route).observe(seconds)
         fields = {
             "request_id": record.request_id,
             "method": scope["method"],
@@ -159,11 +132,10 @@ class RequestContext:
         }
         if record.traceparent:
             fields["trace_id"] = record.traceparent[3:35]
-        defect = record.defect
         # Probes and scrapes come every second and say nothing while they succeed.
         quiet = logging.DEBUG if outcome == "done" and route in PROBES else logging.INFO
-        level = logging.ERROR if defect else quiet
-        self._log.log(level, "request", extra={"fields": fields}, exc_info=defect)
+        level = logging.ERROR if record.defect else quiet
+        self.log.log(level, "request", extra={"fields": fields}, exc_info=record.defect)
 
 
 def short_address(host: str) -> str:
@@ -186,12 +158,9 @@ class JSONFormatter(logging.Formatter):
     that could redraw a terminal, so no value can begin a line or hide one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+        entry |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[1] is not None:
             entry["trace"] = _trace(record.exc_info[1])
         return json.dumps(entry, default=str)
@@ -201,21 +170,25 @@ class TextFormatter(logging.Formatter):
     """The same for a person at a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        clock = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
-        fields = getattr(record, "fields", {})
-        told = " ".join(f"{k}={json.dumps(v, default=str)}" for k, v in fields.items())
-        text = f"{clock} {record.levelname.lower():7} {record.getMessage()} {told}".rstrip()
+        moment = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        fields = getattr(record, "fields", {}).items()
+        told = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in fields)
+        text = f"{moment} {record.levelname.lower():7} {record.getMessage()} {told}".rstrip()
         if record.exc_info and record.exc_info[1] is not None:
             text += "\n" + _trace(record.exc_info[1])
         return text
 
 
 def _trace(error: BaseException) -> str:
-    """A traceback without the errors' own texts, which may quote what a caller or provider sent."""
-    lines = []
-    seen: BaseException | None = error
-    while seen is not None:
-        frames = "".join(traceback.format_tb(seen.__traceback__))
-        lines.append(f"{type(seen).__qualname__}\n{frames}")
-        seen = seen.__cause__ or seen.__context__
+    """A traceback, of causes and of a group's members too, without the errors' own texts, which may
+    quote what a caller or a provider sent."""
+    lines: list[str] = []
+    left: list[BaseException | None] = [error]
+    told = set()
+    while left:
+        if (each := left.pop()) is not None and id(each) not in told:
+            told.add(id(each))
+            frames = "".join(traceback.format_tb(each.__traceback__))
+            lines.append(f"{type(each).__qualname__}\n{frames}")
+            left += [each.__cause__ or each.__context__, *getattr(each, "exceptions", ())]
     return "caused by ".join(lines)

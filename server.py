@@ -1,0 +1,165 @@
+"""How the process listens and how it ends: uvicorn, with a way to cut a client and a drain.
+
+Nothing here knows what is served.
+"""
+
+import asyncio
+import logging
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any, cast
+
+import anyio
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from errors import ServiceError, ShuttingDown
+from settings import Settings
+
+# The ASGI extension by which this server lends the way to cut a connection.
+ABORT = "chat_sidecar.abort"
+UPGRADE = re.compile(rb"\r\nupgrade:", re.I)
+# After the last word a client has this long to take it.
+CUT_SECONDS = 3.0
+# Longer than the 60 s for which load balancers keep an idle connection.
+KEEP_ALIVE_SECONDS = 75
+
+
+def shutting_down() -> ShuttingDown:
+    error = ShuttingDown("The service is being stopped. Try again.", retry_after=1)
+    # Another replica may take the next request, but not on a connection to this one.
+    error.headers["Connection"] = "close"
+    return error
+
+
+class Drain:
+    """The end of the service: what is under way may finish for a while, then it is ended."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._over = False
+        self._ends: set[Callable[[ServiceError], None]] = set()
+        self._changed = asyncio.Event()
+
+    @contextmanager
+    def under_way(self, end_early: Callable[[ServiceError], None]) -> Iterator[None]:
+        """Held by whatever must not be cut without a word; `end_early` is the way to end it."""
+        self._ends.add(end_early)
+        if self._over:
+            end_early(shutting_down())
+        try:
+            yield
+        finally:
+            self._ends.discard(end_early)
+            self._changed.set()
+
+    def hurry(self) -> None:
+        """End what is under way now."""
+        self._over = True
+        self._changed.set()
+
+    async def finish(self, seconds: float) -> None:
+        """Return when nothing is under way, or when all that was has been told to end."""
+        self.draining = True
+        with anyio.move_on_after(seconds):
+            while self._ends and not self._over:
+                self._changed.clear()
+                await self._changed.wait()
+        self._over = True
+        for end_early in list(self._ends):
+            end_early(shutting_down())
+
+
+def cut(transport: asyncio.Transport) -> None:
+    """Reset a connection. `close` would wait for the client to read, `abort` alone would leave the
+    kernel megabytes to hold for one that does not (socket(7), SO_LINGER)."""
+    linger = struct.pack("ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, with a way to cut a client that does not read."""
+
+    _running: RequestResponseCycle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        # llhttp leaves what follows a wish to upgrade to the new protocol, so the body of a POST
+        # by Java's client or `curl --http2` would be lost. None is granted, so none is asked.
+        head, end, body = data.partition(b"\r\n\r\n")
+        super().data_received(UPGRADE.sub(b"\r\nx-upgrade:", head) + end + body)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        # ASGI calls extensions dictionaries; this one is a function.
+        self.scope["extensions"] = {ABORT: cast(Any, partial(cut, self.transport))}
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # Of pipelined requests uvicorn tells only the newest; it is the oldest that is answered.
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says where it listens and lets answers end when it is stopped."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, log: logging.Logger, drain: Drain) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
+        super().__init__(config)
+        self._settings = settings
+        self._log = log
+        self._drain = drain
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        answers = f"{self._settings.default_provider_name} ({self._settings.default_model})"
+        self._log.info("Listening on %s; answers come from %s", url, answers)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end, a second one hurries it. uvicorn would remember them and
+        end with the signal's status; this service ends with 0."""
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self._drain.hurry)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # The listeners stay open until the answers have ended: a late request is told 503.
+        self._log.info("Stopping")
+        await self._drain.finish(self._settings.drain_seconds)
+        cutting = self._loop.call_later(CUT_SECONDS, self._cut)
+        await super().shutdown(sockets)
+        cutting.cancel()
+        self._log.info("Stopped")
+
+    def _cut(self) -> None:
+        for connection in list(self.server_state.connections):
+            cut(connection.transport)

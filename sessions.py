@@ -1,0 +1,349 @@
+"""What the assistant remembers, whose it is, and where it is kept.
+
+`SessionStore` is what the service needs of a store; `SQLiteStore` keeps one in a file, or in
+memory. Opening a session (its lock and its history) and ending a turn (append, trim, release) are
+one call each. Nothing here cleans text or knows providers.
+"""
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import anyio
+from pydantic_core import from_json, to_json
+
+import errors
+from settings import SettingsError
+
+# `s_` and 256 random bits: nobody guesses one, so holding it is the right to use it.
+ISSUED = re.compile("s_[A-Za-z0-9_-]{43}")
+ANYONE = "anyone"
+# Stored in the file; a release that knows only older ones refuses it.
+SCHEMA_VERSION = 1
+# SQLite's own place for a file's owner (sqlite.org/pragma.html#pragma_application_id): "chat".
+APPLICATION_ID = int.from_bytes(b"chat")
+# How long a writer waits for another process (a backup, an operator's shell) to let go of the file.
+BUSY_SECONDS = 1.0
+# Expired sessions leave in portions, so that no request waits long behind them.
+SWEEP_ROWS = 200
+
+T = TypeVar("T")
+
+
+class Turn(NamedTuple):
+    """A message and its answer; times in seconds since 1970. `complete` is false where the answer
+    was cut."""
+
+    message: str
+    answer: str
+    complete: bool
+    asked_at: float
+    answered_at: float
+
+    @property
+    def chars(self) -> int:
+        return len(self.message) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session as it was when it was opened. `incarnation` is the store's own name for it, which
+    no later session of the same id has; None for one that is not stored yet."""
+
+    id: str
+    owner: str
+    incarnation: int | str | None
+    created_at: float
+    expires_at: float
+    turns: Sequence[Turn] = ()
+
+
+class SessionStore(ABC):
+    """Sessions by owner and id. Every call may raise StateUnavailable.
+
+    An owner is `key:NAME` or `anonymous:ADDRESS`. An id that the service issued belongs to the key
+    it was issued to, or to anyone who holds it; any other id is private to its owner.
+    """
+
+    @abstractmethod
+    async def open(self, owner: str, session_id: str | None) -> Session:
+        """The session, locked until `end`; a new one for None or an unknown id of the caller's
+        choice. Raises SessionNotFound, SessionBusy."""
+
+    @abstractmethod
+    async def end(self, session: Session, turn: Turn | None) -> None:
+        """Store the turn, if any, forget what no longer fits, and unlock; the unlocking always. A
+        turn of a session that has meanwhile ended, or whose lock was lost, is StateUnavailable."""
+
+    @abstractmethod
+    async def read(self, owner: str, session_id: str) -> Session:
+        """The session, whether locked or not. Raises SessionNotFound."""
+
+    @abstractmethod
+    async def delete(self, owner: str, session_id: str) -> None:
+        """Raises SessionNotFound, SessionBusy."""
+
+    @abstractmethod
+    async def sweep(self) -> None:
+        """Remove what has expired."""
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Raises StateUnavailable if the store does not answer."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Give back the file or the connections."""
+
+
+def issue(owner: str, now: float, ttl: float) -> Session:
+    """A new session with an id of ours. It is the key's to which it is issued, or anyone's who
+    holds the id. Nobody can know the id yet, so there is nothing to read and nothing to lock."""
+    holder = owner if owner.startswith("key:") else ANYONE
+    return Session(f"s_{secrets.token_urlsafe(32)}", holder, None, now, now + ttl)
+
+
+def owners(owner: str, session_id: str) -> tuple[str, str]:
+    """Those whose session of this id the caller may use. Only issued ids are anyone's."""
+    return (owner, ANYONE if ISSUED.fullmatch(session_id) else owner)
+
+
+def kept(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
+    """The newest whole turns that fit into `max_chars`; the newest one always."""
+    chars = 0
+    for count, turn in enumerate(reversed(turns)):
+        chars += turn.chars
+        if chars > max_chars and count:
+            return turns[len(turns) - count :]
+    return turns
+
+
+# `turns` is a JSON list of turns, as long as a history may be: appending, trimming and reading are
+# one row each.
+SCHEMA = """
+CREATE TABLE session (
+    incarnation INTEGER PRIMARY KEY AUTOINCREMENT,
+    digest BLOB NOT NULL,
+    owner TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    turns TEXT NOT NULL,
+    UNIQUE (digest, owner)
+);
+CREATE INDEX session_expires ON session (expires_at);
+"""
+
+
+class SQLiteStore(SessionStore):
+    """Sessions in one SQLite file, for one process.
+
+    All work is done by one thread, so the event loop never waits for the disk and the locks, which
+    are that thread's alone, need no locking of their own; they go with the process. Ids are stored
+    as SHA-256: whoever reads the file has the conversations, but not the right to go on with them.
+    """
+
+    def __init__(
+        self, path: str, *, ttl: float, max_chars: int, clock: Callable[[], float]
+    ) -> None:
+        self._ttl = ttl
+        self._max_chars = max_chars
+        self._clock = clock
+        self._busy: set[int | str | None] = set()
+        try:
+            self._db = open_database(path)
+        except (OSError, sqlite3.Error) as error:
+            raise SettingsError(
+                f"STATE_URL: {path} can't be used: {error}. Name a place that this process may"
+                " write, as in sqlite:///PATH, or memory:// to keep nothing"
+            ) from None
+        self._thread = ThreadPoolExecutor(1, "sessions")
+
+    async def open(self, owner: str, session_id: str | None) -> Session:
+        if session_id is None:
+            return issue(owner, self._clock(), self._ttl)
+        # A lock that was taken must reach whoever is to give it back.
+        with anyio.CancelScope(shield=True):
+            session = await self._run(lambda: self._open(owner, session_id))
+        return session  # noqa: RET504 - mypy takes a scope for something that may swallow errors
+
+    async def end(self, session: Session, turn: Turn | None) -> None:
+        await self._run(lambda: self._end(session, turn))
+
+    async def read(self, owner: str, session_id: str) -> Session:
+        return await self._run(lambda: self._find(owner, session_id))
+
+    async def delete(self, owner: str, session_id: str) -> None:
+        await self._run(lambda: self._delete(owner, session_id))
+
+    async def sweep(self) -> None:
+        while await self._run(self._sweep):
+            pass
+
+    async def check(self) -> None:
+        await self._run(lambda: self._db.execute("SELECT 1 FROM session LIMIT 1").fetchone())
+
+    async def aclose(self) -> None:
+        await self._run(self._db.close)
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """`work` in the store's thread."""
+        try:
+            # Who gives up waiting does not take the work back: an end has to free its lock.
+            running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+            running.add_done_callback(lambda done: done.exception())
+            return await asyncio.shield(running)
+        except sqlite3.Error as error:
+            raise errors.StateUnavailable(
+                "The conversations can't be read or stored just now. Try again.", retry_after=1
+            ) from error
+
+    # In the store's thread
+
+    def _open(self, owner: str, session_id: str) -> Session:
+        try:
+            session = self._find(owner, session_id)
+        except errors.SessionNotFound:
+            if ISSUED.fullmatch(session_id):
+                raise
+            now = self._clock()
+            session = self._create(Session(session_id, owner, None, now, now + self._ttl))
+        if session.incarnation in self._busy:
+            raise errors.SessionBusy(BUSY, retry_after=1)
+        self._busy.add(session.incarnation)
+        return session
+
+    def _find(self, owner: str, session_id: str) -> Session:
+        row = self._db.execute(
+            "SELECT owner, incarnation, created_at, expires_at, turns FROM session"
+            " WHERE digest = ? AND owner IN (?, ?)",
+            (_digest(session_id), *owners(owner, session_id)),
+        ).fetchone()
+        if row is None or (row[3] <= self._clock() and row[1] not in self._busy):
+            raise errors.SessionNotFound("There is no such session, or it is not yours.")
+        holder, incarnation, created_at, expires_at, turns = row
+        history = kept([Turn(*turn) for turn in from_json(turns)], self._max_chars)
+        return Session(session_id, holder, incarnation, created_at, expires_at, history)
+
+    def _create(self, session: Session) -> Session:
+        """A new incarnation, in place of one of this id that has expired."""
+        row = (_digest(session.id), session.owner, session.created_at, session.expires_at)
+        with self._transaction():
+            self._db.execute("DELETE FROM session WHERE digest = ? AND owner = ?", row[:2])
+            incarnation = self._db.execute(
+                "INSERT INTO session VALUES (NULL, ?, ?, ?, ?, ?)", (*row, to_json(session.turns))
+            ).lastrowid
+        return replace(session, incarnation=incarnation)
+
+    def _end(self, session: Session, turn: Turn | None) -> None:
+        try:
+            turns = [*session.turns, turn] if turn else session.turns
+            expires_at = (turn.answered_at if turn else self._clock()) + self._ttl
+            session = replace(session, turns=kept(turns, self._max_chars), expires_at=expires_at)
+            if session.incarnation is None:
+                self._create(session)
+            elif turn is not None:
+                self._update(session)
+        finally:
+            self._busy.discard(session.incarnation)
+
+    def _update(self, session: Session) -> None:
+        row = (to_json(session.turns), session.expires_at, session.incarnation)
+        with self._transaction():
+            updated = self._db.execute(
+                "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?", row
+            )
+        if not updated.rowcount:
+            problem = "The session ended before its answer did; this turn is not stored."
+            raise errors.StateUnavailable(problem)
+
+    def _delete(self, owner: str, session_id: str) -> None:
+        session = self._find(owner, session_id)
+        if session.incarnation in self._busy:
+            raise errors.SessionBusy(BUSY, retry_after=1)
+        with self._transaction():
+            self._db.execute("DELETE FROM session WHERE incarnation = ?", (session.incarnation,))
+
+    def _sweep(self) -> int:
+        """How many sessions went; 0 when there is nothing left to do."""
+        rows = self._db.execute(
+            "SELECT incarnation FROM session WHERE expires_at <= ? LIMIT ?",
+            (self._clock(), SWEEP_ROWS + len(self._busy)),
+        ).fetchall()
+        expired = [row for row in rows if row[0] not in self._busy]
+        with self._transaction():
+            self._db.executemany("DELETE FROM session WHERE incarnation = ?", expired)
+        # Gives the freed pages back to the file system.
+        self._db.executescript("PRAGMA incremental_vacuum")
+        return len(expired)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            # A full disk may have ended the transaction already.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+
+BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
+
+
+def _digest(session_id: str) -> bytes:
+    return hashlib.sha256(session_id.encode()).digest()
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """The database at `path` (`:memory:` for none), made if it is not there, for its owner's eyes
+    only. Raises OSError or sqlite3.Error if it can't be written or is another's."""
+    if path != ":memory:":
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    # All use is in the store's one thread; only this opening is not.
+    db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        _prepare(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: str) -> None:
+    program = db.execute("PRAGMA application_id").fetchone()[0]
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if (tables or version) and program != APPLICATION_ID:
+        raise sqlite3.DatabaseError("it is another program's")
+    if version > SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"it was written by a newer release, in schema {version}")
+    if path != ":memory:":
+        Path(path).chmod(0o600)
+    # What is deleted is overwritten, and the file shrinks again.
+    db.execute("PRAGMA secure_delete = ON")
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    # A killed process loses nothing of what was committed; a machine without power may lose the
+    # last moments, never the file (sqlite.org/pragma.html#pragma_synchronous).
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("BEGIN IMMEDIATE")
+    # Looked at again under the lock: two processes may start at once.
+    if not db.execute("PRAGMA user_version").fetchone()[0]:
+        for statement in SCHEMA.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute("COMMIT")
