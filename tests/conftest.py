@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from service import create_app, make_server
+from providers import LLMProvider
+from server import Drain, Server
+from service import create_app
 from settings import from_env
 from telemetry import JSONFormatter
 from tests.client import Client, Reply
@@ -82,15 +84,16 @@ class Running:
 
 
 @asynccontextmanager
-async def running_service(env: dict[str, str]) -> AsyncIterator[Running]:
+async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncIterator[Running]:
     """The service with these variables, on a free port of 127.0.0.1. When the block ends it has to
     have given back every stream slot and task that requests of the block took."""
     before = asyncio.all_tasks()
-    settings = from_env({"PORT": "0", **env})
+    settings = from_env({"PORT": "0", "STATE_URL": "memory://", **env})
     handler = Log()
     log = logging.Logger("test")
     log.addHandler(handler)
-    server = make_server(create_app(settings, log), settings, log)
+    drain = Drain()
+    server = Server(create_app(settings, log, drain, *more), settings, log, drain)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     await server.startup()
@@ -136,8 +139,8 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 def service(stack: AsyncExitStack) -> StartService:
     """`await service(RATE_LIMIT="off")` starts one; it ends with the test."""
 
-    async def start(**env: str) -> Running:
-        return await stack.enter_async_context(running_service(env))
+    async def start(*more: LLMProvider, **env: str) -> Running:
+        return await stack.enter_async_context(running_service(env, *more))
 
     return start
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, cast
 
 HEAD = (
@@ -77,6 +79,8 @@ class Connection:
 
     def reset(self) -> None:
         """Close with a RST, as a crashed server or a firewall does."""
+        linger = struct.pack("ii", 1, 0)
+        self.writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, linger)
         self.writer.transport.abort()
 
 

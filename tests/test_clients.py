@@ -1,0 +1,325 @@
+"""Clients and stores that misbehave: each loses no more than its own answer."""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.client import JSON, Client
+from tests.faults import SESSION, ending, outcome, scene, small_client
+from tests.upstream import DONE, END, Connection, delta, http_chunk
+
+slow = pytest.mark.slow
+CHAT = b'{"message":"Hello","session_id":"mine"}'
+
+
+def raw(body: bytes = CHAT, length: int | None = None) -> bytes:
+    """A chat request in bytes, whose body may have another length than it says."""
+    size = len(body) if length is None else length
+    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n"
+    return (head + "content-type: application/json\r\n\r\n").encode() + body
+
+
+async def silence(request: Connection) -> None:
+    await request.closed.wait()
+
+
+async def hello(request: Connection) -> None:
+    """An answer that begins and does not end."""
+    await request.stream(delta("Hel"))
+    await request.closed.wait()
+
+
+async def answer(request: Connection) -> None:
+    await request.answer("Hel", "lo")
+
+
+async def flood(request: Connection) -> None:
+    """More than all buffers on the way hold."""
+    await request.stream()
+    part = b"".join(http_chunk(delta("x" * 100)) for _ in range(200))
+    while not request.closed.is_set():
+        await request.send(part)
+
+
+# ---- clients that leave
+
+Leaving = Callable[[Client], Awaitable[None]]
+
+
+async def resets(client: Client) -> None:
+    client.leave()
+
+
+async def closes(client: Client) -> None:
+    client.writer.close()
+
+
+async def half_closes(client: Client) -> None:
+    client.writer.write_eof()
+
+
+@pytest.mark.parametrize(
+    "leaving", [resets, pytest.param(closes, marks=slow), pytest.param(half_closes)]
+)
+@pytest.mark.parametrize("said", ["", "Hel"], ids=["before_the_first_piece", "in_the_middle"])
+async def test_a_client_that_leaves_ends_its_answer(leaving: Leaving, said: str) -> None:
+    async with scene(hello if said else silence) as play:
+        client = await play.app.connect()
+        client.writer.write(raw())
+        request = await play.upstream.request()
+        if said:
+            assert (await (await client.head()).event())["chunk"] == said
+        await leaving(client)
+        await request.closed.wait()
+        line = await play.line()
+        assert (line["outcome"], line["level"]) == ("client_gone", "info")
+        assert line["status"] == (200 if said else None)
+        assert await play.history() == ([(said, False)] if said else [])
+        await play.nothing_held()
+
+
+@pytest.mark.parametrize("said", ["", "Hel"], ids=["before_the_first_piece", "in_the_middle"])
+async def test_a_client_that_asked_for_more_and_leaves_ends_its_answer(said: str) -> None:
+    # Two requests pipelined; the second one waits for the first one's end.
+    async with scene(hello if said else silence) as play:
+        client = await play.app.connect()
+        client.writer.write(raw() + raw())
+        request = await play.upstream.request()
+        if said:
+            assert (await (await client.head()).event())["chunk"] == said
+        client.leave()
+        await request.closed.wait()
+        assert (await play.line())["outcome"] == "client_gone"
+        assert await play.history() == ([(said, False)] if said else [])
+        await play.nothing_held()
+
+
+async def test_two_requests_sent_at_once_are_answered_in_turn() -> None:
+    async with scene(answer) as play:
+        client = await play.app.connect()
+        client.writer.write(raw() + raw())
+        for _ in range(2):
+            told = await client.reader.readuntil(b"0\r\n\r\n")
+            assert told.count(b'"status":') == told.count(b'"status":"done"') == 1
+        assert await play.history() == [("Hello", True), ("Hello", True)]
+        await play.nothing_held()
+
+
+# ---- clients that are slow
+
+
+async def trickle(client: Client) -> None:
+    while await client.reader.read(1):  # noqa: ASYNC110 - it is slow, it does not wait
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [b"", pytest.param(raw(), marks=slow)],
+    ids=["alone", "with_another_request_behind"],
+)
+@pytest.mark.parametrize(
+    "reading", [False, pytest.param(True, marks=slow)], ids=["nothing", "a_byte_at_a_time"]
+)
+async def test_a_client_that_takes_nothing_is_cut(reading: bool, behind: bytes) -> None:
+    async with scene(flood, WRITE_TIMEOUT_SECONDS="0.3", HEARTBEAT_SECONDS="0.2") as play:
+        client = await small_client(play.app.url)
+        play.app.clients.append(client)
+        client.writer.write(raw() + behind)
+        trickling = asyncio.ensure_future(trickle(client)) if reading else None
+        line = await play.line()
+        assert (line["outcome"], line["status"]) == ("client_stalled", 200)
+        await play.upstreams_closed()
+        [(text, complete)] = await play.history()
+        assert (len(text) > 0, complete) == (True, False)
+        await play.nothing_held()
+        if trickling:
+            trickling.cancel()
+        client.leave()
+
+
+# ---- bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "length"),
+    [(b"", 10), pytest.param(CHAT[:5], 40, marks=slow)],
+    ids=["nothing", "half"],
+)
+async def test_a_body_that_does_not_arrive_is_answered_408(body: bytes, length: int) -> None:
+    async with scene(answer, BODY_TIMEOUT_SECONDS="0.2") as play:
+        client = await play.app.connect()
+        client.writer.write(raw(body, length))
+        reply = await client.head()
+        assert (reply.status, reply.headers["connection"]) == (408, "close")
+        assert outcome((await ending(reply))[1]) == "request_timeout"
+        await client.closed()
+        assert (await play.line())["outcome"] == "request_timeout"
+        assert play.upstream.requests == []
+        await play.nothing_held()
+
+
+async def test_a_body_in_drips_is_answered_408() -> None:
+    async with scene(answer, BODY_TIMEOUT_SECONDS="0.3") as play:
+        client = await play.app.connect()
+        client.writer.write(raw(b"", 10_000))
+
+        async def drip() -> None:
+            while True:
+                client.writer.write(b" ")
+                await asyncio.sleep(0.01)
+
+        dripping = asyncio.ensure_future(drip())
+        assert outcome((await ending(await client.head()))[1]) == "request_timeout"
+        dripping.cancel()
+        assert (await play.line())["outcome"] == "request_timeout"
+        await play.nothing_held()
+
+
+async def test_a_request_without_a_body_is_answered_400() -> None:
+    async with scene(answer) as play:
+        reply = await (await play.app.connect()).ask("POST", "/api/v1/chat", None, JSON)
+        assert outcome((await ending(reply))[1]) == "invalid_json"
+        assert (await play.line())["outcome"] == "invalid_json"
+        await play.nothing_held()
+
+
+async def test_a_client_that_leaves_in_its_body_is_gone() -> None:
+    async with scene(answer) as play:
+        client = await play.app.connect()
+        client.writer.write(raw(CHAT[:5], 100))
+        while not await play.app.metric("chat_open_streams"):
+            pass
+        client.leave()
+        assert (await play.line())["outcome"] == "client_gone"
+        await play.nothing_held()
+
+
+# ---- the session's lock, and its store
+
+
+async def test_one_session_has_one_answer_at_a_time_and_is_not_deleted_meanwhile() -> None:
+    async with scene(hello) as play:
+        client = await play.app.connect()
+        reply = await client.chat(session_id=SESSION)
+        await reply.event()
+        second = await play.ask()
+        assert (second.status, second.headers["retry-after"]) == (409, "1")
+        assert outcome((await ending(second))[1]) == "session_busy"
+        deleting = await (await play.app.connect()).ask("DELETE", f"/api/v1/sessions/{SESSION}")
+        assert outcome((await ending(deleting))[1]) == "session_busy"
+        assert len(play.upstream.requests) == 1
+        client.leave()
+        outcomes = {(await play.line(number))["outcome"] for number in (0, 1)}
+        assert outcomes == {"client_gone", "session_busy"}
+        assert await play.history() == [("Hel", False)]
+        await play.nothing_held()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "chat.db"
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Another process writes to the file, and takes its time."""
+    db = sqlite3.connect(file, isolation_level=None)
+    try:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+        db.execute("ROLLBACK")
+    finally:
+        db.close()
+
+
+async def test_a_store_that_can_not_open_a_session_is_answered_503(file: Path) -> None:
+    async with scene(answer, STATE_URL=f"sqlite:///{file}") as play:
+        with held(file):
+            reply = await play.ask()
+            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+            assert outcome((await ending(reply))[1]) == "state_unavailable"
+            assert (await play.line())["outcome"] == "state_unavailable"
+            assert play.upstream.requests == []
+            assert await play.app.metric("chat_open_streams") == 0
+        assert outcome((await ending(await play.ask()))[1]) == "done"
+        await play.nothing_held()
+
+
+@pytest.mark.parametrize("said", ["Hel", pytest.param("", marks=slow)], ids=["text", "no_text"])
+async def test_a_store_that_can_not_append_a_turn_says_so_in_the_end(file: Path, said: str) -> None:
+    going = asyncio.Event()
+
+    async def script(request: Connection) -> None:
+        await request.stream(*([delta("Hel")] if said else []))
+        await going.wait()
+        await request.more(delta(finish_reason="stop"), DONE)
+        await request.send(END)
+
+    # Without text there is a session to be stored only where it is new and of our own naming.
+    fields = {"session_id": SESSION if said else None}
+    env = {"STATE_URL": f"sqlite:///{file}"}
+    async with scene(script, **env) as play:
+        asking = asyncio.ensure_future(play.ask(**fields))
+        await play.upstream.request()
+        with held(file):
+            going.set()
+            reply = await asking
+            text, last = await ending(reply)
+            assert (text, outcome(last)) == (said, "state_unavailable")
+            assert reply.status == (200 if said else 503)
+            line = await play.line()
+            assert line["outcome"] == "state_unavailable"
+            # The provider did its part.
+            assert [attempt["error"] for attempt in line["attempts"]] == [None]
+        assert await play.history() == []
+        await play.nothing_held()
+
+
+async def test_a_turn_is_kept_whole_when_its_client_leaves_while_it_is_stored(file: Path) -> None:
+    going = asyncio.Event()
+
+    async def script(request: Connection) -> None:
+        await request.stream(delta("Hel"))
+        await going.wait()
+        await request.more(delta(finish_reason="stop"), DONE)
+        await request.closed.wait()
+
+    async with scene(script, STATE_URL=f"sqlite:///{file}") as play:
+        client = await play.app.connect()
+        reply = await client.chat(session_id=SESSION)
+        await reply.event()
+        with held(file):
+            going.set()
+            await (await play.upstream.request()).closed.wait()
+            client.leave()
+            await client.closed()
+        assert (await play.line())["outcome"] == "client_gone"
+        assert await play.history() == [("Hel", True)]
+        await play.nothing_held()
+
+
+@pytest.mark.slow
+async def test_no_session_stays_locked_when_many_could_not_be_stored(file: Path) -> None:
+    # Each waits a second for the file, one after the other: longer than an ending may take.
+    names = [f"mine-{number}" for number in range(8)]
+    async with scene(hello, STATE_URL=f"sqlite:///{file}") as play:
+        clients = [await play.app.connect() for _ in names]
+        for client, name in zip(clients, names, strict=True):
+            await (await client.chat(session_id=name)).event()
+        with held(file):
+            for client in clients:
+                client.leave()
+            for number in range(len(names)):
+                await play.line(number)
+        asker = await play.app.connect()
+        deleted = []
+        for name in names:
+            reply = await asker.ask("DELETE", f"/api/v1/sessions/{name}")
+            await reply.body()
+            deleted.append(reply.status)
+        assert deleted == [204] * len(names)

@@ -1,0 +1,1536 @@
+"""Bytes from a provider to pieces of text, and what is sent to get them. Pure functions where there
+is no I/O; everything else over real sockets, through the service."""
+
+import asyncio
+import gzip
+import itertools
+import json
+import random
+import re
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from errors import (
+    ContentRefused,
+    ContextTooLong,
+    InvalidRequest,
+    ServiceError,
+    UpstreamError,
+    UpstreamUnavailable,
+)
+from providers import (
+    MAX_ERROR_BYTES,
+    Call,
+    Completion,
+    MockProvider,
+    Router,
+    Target,
+    answer,
+    make_providers,
+)
+from settings import SettingsError, from_env
+from tests.client import Reply
+from tests.conftest import Running, StartService, StartUpstream
+from tests.upstream import (
+    DONE,
+    END,
+    HEAD,
+    Connection,
+    Script,
+    delta,
+    event,
+    http_chunk,
+    response,
+)
+from wire import MAX_EVENT_BYTES, ChunkReader, SSEDecoder, refusal, retry_after
+
+KEY = "sk-test-0123456789abcdef"
+BOM = b"\xef\xbb\xbf"
+# One failure is to be one request: what a retry does is not tested here.
+QUIET = {"RATE_LIMIT": "off", "MAX_RETRIES": "0"}
+
+
+def openai(url: str, **more: str) -> dict[str, str]:
+    """The settings of a service that has one provider, at `url`."""
+    return {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url, **QUIET, **more}
+
+
+def cut(stream: bytes, places: Sequence[int]) -> list[bytes]:
+    """`stream` in pieces, cut at these places."""
+    edges = [0, *sorted(place % (len(stream) + 1) for place in places), len(stream)]
+    return [stream[a:b] for a, b in itertools.pairwise(edges)]
+
+
+# ---- SSEDecoder
+
+
+def decode(*cuts: bytes) -> list[tuple[bytes, bytes]]:
+    decoder = SSEDecoder()
+    return [found for data in cuts for found in decoder.feed(data)]
+
+
+def by_the_standard(stream: bytes) -> list[tuple[bytes, bytes]]:
+    """WHATWG HTML 9.2.6, sentence by sentence, and the one addition: lines of the field error."""
+    events = []
+    data = name = b""
+    for line in re.split(b"\r\n|\n|\r", stream.removeprefix(BOM))[:-1]:
+        if line == b"":
+            if data != b"":
+                events.append((name, data.removesuffix(b"\n")))
+            data = name = b""
+        elif line.startswith(b":"):
+            continue
+        else:
+            field, value = line.split(b":", 1) if b":" in line else (line, b"")
+            value = value[1:] if value.startswith(b" ") else value
+            if field == b"event":
+                name = value
+            elif field == b"data":
+                data += value + b"\n"
+            elif field == b"error":
+                events.append((b"error", value))
+    return events
+
+
+STREAMS = {
+    # The standard's own examples.
+    "lines of one event": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [(b"", b"YHOO\n+2\n10")]),
+    "comment, ids": (
+        (
+            b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\n"
+            b"data:  third event\n\n"
+        ),
+        [(b"", b"first event"), (b"", b"second event"), (b"", b" third event")],
+    ),
+    "empty data": (b"data\n\ndata\ndata\n\ndata:", [(b"", b""), (b"", b"\n")]),
+    "space or none": (b"data:test\n\ndata: test\n\n", [(b"", b"test"), (b"", b"test")]),
+    # Line ends.
+    "LF": (b"data: a\n\ndata: b\n\n", [(b"", b"a"), (b"", b"b")]),
+    "CR": (b"data: a\r\rdata: b\r\r", [(b"", b"a"), (b"", b"b")]),
+    "CRLF": (b"data: a\r\n\r\ndata: b\r\n\r\n", [(b"", b"a"), (b"", b"b")]),
+    "CR then LF": (b"data: a\r\ndata: b\n\r\n", [(b"", b"a\nb")]),
+    "LF then CR": (b"data: a\n\rdata: b\r\n\n", [(b"", b"a"), (b"", b"b")]),
+    # Line ends to str.splitlines(), text to the standard.
+    "U+2028": ("data: a\u2028b\u2029c\n\n".encode(), [(b"", "a\u2028b\u2029c".encode())]),
+    "NEL": ("data: a\u0085b\n\n".encode(), [(b"", "a\u0085b".encode())]),
+    "VT, FF, FS": (b"data: a\x0bb\x0cc\x1cd\n\n", [(b"", b"a\x0bb\x0cc\x1cd")]),
+    "characters of 2 to 4 bytes": (
+        "data: é日👋\n\n".encode(),
+        [(b"", "é日👋".encode())],
+    ),
+    # The byte order mark.
+    "BOM": (BOM + b"data: a\n\n", [(b"", b"a")]),
+    "BOM before an empty line": (BOM + b"\ndata: a\n\n", [(b"", b"a")]),
+    "only one BOM": (BOM + BOM + b"data: a\n\ndata: b\n\n", [(b"", b"b")]),
+    "only at the beginning": (b"\n" + BOM + b"data: a\n\n", []),
+    # Fields.
+    "comments between data": (b"data: a\n: b\n:\ndata: c\n\n", [(b"", b"a\nc")]),
+    "unknown fields": (b"id: 1\nretry: 5\nDATA: a\n data: b\ndata : c\n\n", []),
+    "one space stripped": (b"data:   a \n\n", [(b"", b"  a ")]),
+    "a colon in the value": (b"data: a: b:c\n\n", [(b"", b"a: b:c")]),
+    "a name": (b"event: error\ndata: a\n\n", [(b"error", b"a")]),
+    "a name after its data": (b"data: a\nevent: x\n\n", [(b"x", b"a")]),
+    "the last name": (b"event: x\nevent:y\ndata: a\n\n", [(b"y", b"a")]),
+    "a name is for one event": (
+        b"event: x\ndata: a\n\ndata: b\n\n",
+        [(b"x", b"a"), (b"", b"b")],
+    ),
+    "a name without data": (b"event: x\n\ndata: b\n\n", [(b"", b"b")]),
+    "a bare error line": (b'error: {"detail":1}\n', [(b"error", b'{"detail":1}')]),
+    "an error line between events": (
+        b"data: a\n\nerror: b\n\ndata: c\n\n",
+        [(b"", b"a"), (b"error", b"b"), (b"", b"c")],
+    ),
+    # The end of the stream is not the end of an event.
+    "no blank line": (b"data: a\n\ndata: b\n", [(b"", b"a")]),
+    "no line end": (b"data: a\n\ndata: b", [(b"", b"a")]),
+}
+
+
+@pytest.mark.parametrize(("stream", "events"), STREAMS.values(), ids=STREAMS)
+def test_an_event_stream_is_read_as_the_standard_says(
+    stream: bytes, events: list[tuple[bytes, bytes]]
+) -> None:
+    assert decode(stream) == events
+    assert decode(*cut(stream, range(len(stream)))) == events
+    for place in range(len(stream)):
+        assert decode(stream[:place], stream[place:]) == events
+
+
+# What has a meaning to a decoder, more often than chance would bring it.
+TOKENS = (
+    *(b"\r", b"\n", b"\r\n", b"\n\n", b":", b" ", b"data", b"data: ", b"event:", b"error:", b"id"),
+    *(BOM, BOM[:1], BOM[1:], b"\xe2\x80\xa8", b"\xc2\x85", b"\x0b", b"{}", b"[DONE]", b"x"),
+)
+any_stream = st.lists(st.sampled_from(TOKENS) | st.binary(max_size=3), max_size=30).map(b"".join)
+any_places = st.lists(st.integers(0, 200), max_size=20)
+
+
+@settings(deadline=None)
+@given(any_stream, any_places)
+def test_where_a_stream_is_cut_changes_nothing(stream: bytes, places: list[int]) -> None:
+    assert decode(*cut(stream, places)) == decode(stream)
+
+
+@settings(deadline=None)
+@given(any_stream)
+def test_any_bytes_are_read_as_the_standard_says(stream: bytes) -> None:
+    assert decode(stream) == by_the_standard(stream)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"data: " + 200 * b"x",
+        200 * b"x",
+        b": " + 200 * b"x",
+        100 * b"data: x\n",
+        BOM + b"error:" + 200 * b"x",
+    ],
+    ids=["a line", "no field", "a comment", "lines of one event", "an error line"],
+)
+def test_what_does_not_end_within_the_limit_is_reported_as_too_large(endless: bytes) -> None:
+    decoder = SSEDecoder(max_event_bytes=99)
+    seen = []
+    for byte in cut(endless, range(len(endless))):
+        assert decoder.feed(byte) == []
+        seen.append(decoder.too_large)
+    assert seen[:99] == 99 * [False]
+    assert seen[-1]
+
+
+def test_an_event_without_end_is_too_large_even_if_its_lines_are_empty() -> None:
+    decoder = SSEDecoder(max_event_bytes=99)
+    assert decoder.feed(1000 * b"data:\n") == []
+    assert decoder.too_large
+
+
+def test_the_limit_is_for_one_event_and_not_for_their_sum() -> None:
+    decoder = SSEDecoder(max_event_bytes=99)
+    for _ in range(10):
+        assert decoder.feed(b"data: " + 60 * b"x" + b"\n\n") == [(b"", 60 * b"x")]
+        assert not decoder.too_large
+
+
+def test_a_line_that_comes_byte_by_byte_costs_no_more_for_each_than_a_short_one() -> None:
+    def seconds(count: int) -> float:
+        decoder = SSEDecoder()
+        started = time.process_time()
+        for _ in range(count):
+            decoder.feed(b"x")
+        return time.process_time() - started
+
+    short = min(seconds(20_000) for _ in range(3))
+    long = min(seconds(200_000) for _ in range(3))
+    # Ten times as many bytes; a hundred times the work if each were to copy those before it.
+    assert long / short < 30
+
+
+# ---- ChunkReader
+
+
+def read(*cuts: bytes) -> tuple[list[str], ChunkReader]:
+    """The pieces of these bytes, and their reader."""
+    reader = ChunkReader()
+    return [piece for data in cuts for piece in reader.feed(data) or ()], reader
+
+
+def sse(*chunks: bytes) -> bytes:
+    """An event for each of these chunks."""
+    return b"".join(b"data: %b\n\n" % chunk for chunk in chunks)
+
+
+# What one chunk is: pieces; [] for reasoning alone; None for nothing that shows progress.
+CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
+    "text": (b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}', ["Hi"]),
+    "text that is white space": (b'{"choices":[{"delta":{"content":" \\n"}}]}', [" \n"]),
+    "text of two bytes a character": ('{"choices":[{"delta":{"content":"é"}}]}'.encode(), ["é"]),
+    "text in escapes": (b'{"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}', ["😀"]),
+    "no choices": (b'{"model":"m"}', None),
+    "choices null": (b'{"choices":null}', None),
+    "choices empty": (b'{"choices":[]}', None),
+    "index only": (b'{"choices":[{"index":0}]}', None),
+    "index null": (b'{"choices":[{"index":null,"delta":{"content":"Hi"}}]}', ["Hi"]),
+    "no index": (b'{"choices":[{"delta":{"content":"Hi"}}]}', ["Hi"]),
+    "index 1": (
+        b'{"choices":[{"index":1,"delta":{"content":"No"},"finish_reason":"stop"}]}',
+        None,
+    ),
+    "indexes 1 and 0": (
+        b'{"choices":[{"index":1,"delta":{"content":"No"}},{"index":0,"delta":{"content":"Yes"}}]}',
+        ["Yes"],
+    ),
+    "no delta": (b'{"choices":[{"index":0,"content_filter_results":{}}]}', None),
+    "delta null": (b'{"choices":[{"index":0,"delta":null}]}', None),
+    "delta empty": (b'{"choices":[{"index":0,"delta":{}}]}', None),
+    "a role": (b'{"choices":[{"delta":{"role":"assistant"}}]}', None),
+    "content null": (b'{"choices":[{"delta":{"role":"assistant","content":null}}]}', None),
+    "content empty": (b'{"choices":[{"delta":{"content":""}}]}', None),
+    "content an empty list": (b'{"choices":[{"delta":{"content":[]}}]}', None),
+    "parts of text": (
+        (
+            b'{"choices":[{"delta":{"content":'
+            b'[{"type":"text","text":"a"},{"type":"text","text":"b"}]}}]}'
+        ),
+        ["a", "b"],
+    ),
+    "a part of thinking": (
+        (
+            b'{"choices":[{"delta":{"content":'
+            b'[{"type":"thinking","thinking":[{"type":"text","text":"hm"}]}]}}]}'
+        ),
+        [],
+    ),
+    "parts of both": (
+        (
+            b'{"choices":[{"delta":{"content":'
+            b'[{"type":"thinking","thinking":[]},{"type":"text","text":""},'
+            b'{"type":"text","text":"a"}]}}]}'
+        ),
+        ["a"],
+    ),
+    "a refusal": (b'{"choices":[{"delta":{"content":null,"refusal":"No."}}]}', ["No."]),
+    "content and refusal": (b'{"choices":[{"delta":{"refusal":"b","content":"a"}}]}', ["a", "b"]),
+    "reasoning_content": (
+        b'{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}',
+        [],
+    ),
+    "reasoning": (b'{"choices":[{"delta":{"content":"","reasoning":"hm"}}]}', []),
+    "reasoning empty": (b'{"choices":[{"delta":{"reasoning":"","reasoning_content":null}}]}', None),
+    "reasoning beside text": (
+        b'{"choices":[{"delta":{"content":"a","reasoning":"hm"}}]}',
+        ["a"],
+    ),
+    "a tool call": (
+        b'{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{}"}}]}}]}',
+        None,
+    ),
+    "the whole message beside the delta": (
+        b'{"choices":[{"delta":{"content":"lo"},"message":{"content":"Hello"}}]}',
+        ["lo"],
+    ),
+    "the text beside the delta": (b'{"choices":[{"delta":{"content":"lo"},"text":"lo"}]}', ["lo"]),
+    "the whole message and no delta": (
+        b'{"choices":[{"index":0,"message":{"content":"Hello"},"text":"Hello"}]}',
+        None,
+    ),
+    "error null": (b'{"error":null,"choices":[{"delta":{"content":"a"}}]}', ["a"]),
+    "a filter's results": (b'{"choices":[],"prompt_filter_results":[{"prompt_index":0}]}', None),
+}
+
+
+@pytest.mark.parametrize(("chunk", "batch"), CHUNKS.values(), ids=CHUNKS)
+def test_a_chunk_is_pieces_or_a_sign_of_life_or_nothing(
+    chunk: bytes, batch: list[str] | None
+) -> None:
+    reader = ChunkReader()
+    assert reader.feed(sse(chunk)) == batch
+    assert reader.error is None
+    assert not reader.done
+    assert reader.finish_reason is None
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [b"", b": OPENROUTER PROCESSING\n\n", b"\n\n\n", b"data:\n\n", b"id: 1\nretry: 5\n\n", b"data"],
+)
+def test_what_holds_no_chunk_is_no_sign_of_life(stream: bytes) -> None:
+    reader = ChunkReader()
+    assert reader.feed(stream) is None
+    assert reader.error is None
+
+
+def test_the_pieces_of_one_read_are_one_batch() -> None:
+    reader = ChunkReader()
+    assert reader.feed(delta("a") + delta("b") + b"data: ") == ["a", "b"]
+    assert reader.feed(delta("c").removeprefix(b"data: ")) == ["c"]
+
+
+USAGES: dict[str, tuple[bytes, dict[str, Any] | None]] = {
+    "none": (sse(b'{"choices":[]}'), None),
+    "null on every chunk": (sse(b'{"usage":null,"choices":[]}'), None),
+    "a chunk without choices": (
+        sse(b'{"usage":null,"choices":[{"delta":{"content":"a"}}]}')
+        + sse(b'{"choices":[],"usage":{"total_tokens":3}}'),
+        {"total_tokens": 3},
+    ),
+    "beside the finish": (
+        sse(b'{"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"total_tokens":3}}'),
+        {"total_tokens": 3},
+    ),
+    "cumulative: the last one": (
+        sse(b'{"usage":{"total_tokens":1}}', b'{"usage":{"total_tokens":2}}'),
+        {"total_tokens": 2},
+    ),
+    "overwritten, not merged": (
+        sse(b'{"usage":{"total_tokens":1,"cost":1}}', b'{"usage":{"total_tokens":2}}'),
+        {"total_tokens": 2},
+    ),
+    "kept when null follows": (
+        sse(b'{"usage":{"total_tokens":1}}', b'{"usage":null}'),
+        {"total_tokens": 1},
+    ),
+    "under x_groq": (sse(b'{"x_groq":{"id":"r","usage":{"total_tokens":3}}}'), {"total_tokens": 3}),
+    "x_groq without usage": (sse(b'{"x_groq":{"id":"r"}}'), None),
+    "x_groq null": (sse(b'{"x_groq":null}'), None),
+    "both: the chunk's own": (
+        sse(b'{"x_groq":{"usage":{"total_tokens":3}},"usage":{"total_tokens":4}}'),
+        {"total_tokens": 4},
+    ),
+    "with what else it holds": (
+        sse(b'{"usage":{"total_tokens":3,"prompt_tokens_details":{"cached_tokens":1},"x":[1.5]}}'),
+        {"total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}, "x": [1.5]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("stream", "usage"), USAGES.values(), ids=USAGES)
+def test_usage_is_the_last_that_the_provider_sent(
+    stream: bytes, usage: dict[str, Any] | None
+) -> None:
+    assert read(stream)[1].usage == usage
+
+
+def test_model_and_finish_reason_are_the_last_that_are_named() -> None:
+    _, reader = read(
+        sse(
+            b'{"model":"","choices":[]}',
+            b'{"model":"m-1","choices":[{"delta":{},"finish_reason":null}]}',
+            b'{"model":"m-2","choices":[{"delta":{},"finish_reason":"length"}]}',
+            b'{"choices":[{"index":1,"delta":{},"finish_reason":"stop"}]}',
+            b'{"model":null,"choices":[{"delta":{},"finish_reason":null}]}',
+        )
+    )
+    assert (reader.model, reader.finish_reason) == ("m-2", "length")
+
+
+def test_a_stream_that_names_no_model_and_no_finish_reason_has_none() -> None:
+    _, reader = read(sse(b'{"choices":[{"delta":{"content":"a"}}]}'))
+    assert (reader.model, reader.finish_reason, reader.done) == ("", None, False)
+
+
+@pytest.mark.parametrize(
+    "end", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n", b"data: [DONE]\r\n\r\n"]
+)
+def test_done_ends_the_stream_and_what_follows_is_not_read(end: bytes) -> None:
+    reader = ChunkReader()
+    assert reader.feed(delta("a") + end + delta("b") + end) == ["a"]
+    assert reader.feed(delta("c") + sse(b'{"error":"late"}', b"nonsense")) is None
+    assert reader.done
+    assert reader.error is None
+
+
+# What one event reports as its failure: the error's class, and whether trying again may help.
+FAILURES: dict[str, tuple[bytes, type[ServiceError], bool]] = {
+    "an object": (
+        b'data: {"error":{"message":"x","type":"server_error","code":null}}\n\n',
+        UpstreamError,
+        True,
+    ),
+    "a string": (b'data: {"error":"something broke"}\n\n', UpstreamError, True),
+    "beside choices": (
+        b'data: {"choices":[{"delta":{"content":"no"}}],"error":{"message":"x"}}\n\n',
+        UpstreamError,
+        True,
+    ),
+    "event: error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', UpstreamError, True),
+    "event: error without a member of that name": (
+        b'event: error\ndata: {"message":"overloaded"}\n\n',
+        UpstreamUnavailable,
+        True,
+    ),
+    "event: error with a string": (b'event: error\ndata: "broken"\n\n', UpstreamError, True),
+    "a bare error line": (b'error: {"detail":"x","error":{"message":"x"}}\n', UpstreamError, True),
+    "code 429": (b'data: {"error":{"code":429,"message":"x"}}\n\n', UpstreamUnavailable, True),
+    "code '429'": (b'data: {"error":{"code":"429"}}\n\n', UpstreamUnavailable, True),
+    "code 400": (b'data: {"error":{"code":400,"message":"x"}}\n\n', UpstreamError, False),
+    "code 401": (b'data: {"error":{"code":401,"message":"x"}}\n\n', UpstreamError, False),
+    "code 402": (b'data: {"error":{"code":402,"message":"x"}}\n\n', UpstreamUnavailable, False),
+    "code 502": (b'data: {"error":{"code":502,"message":"x"}}\n\n', UpstreamError, True),
+    "a code that is no status": (b'data: {"error":{"code":1301}}\n\n', UpstreamError, True),
+    "overloaded": (
+        b'data: {"error":{"type":"overloaded_error","message":"x"}}\n\n',
+        UpstreamUnavailable,
+        True,
+    ),
+    "the filter": (b'data: {"error":{"code":"content_filter"}}\n\n', ContentRefused, False),
+    "too long": (
+        b'data: {"error":{"code":"context_length_exceeded"}}\n\n',
+        ContextTooLong,
+        False,
+    ),
+    # What makes no sense will hardly make more the next time.
+    "no JSON": (b"data: {oops\n\n", UpstreamError, False),
+    "two values": (b"data: {} {}\n\n", UpstreamError, False),
+    "a list": (b"data: [{}]\n\n", UpstreamError, False),
+    "a number": (b"data: 1\n\n", UpstreamError, False),
+    "a string and no event of that name": (b'data: "a"\n\n', UpstreamError, False),
+    "null": (b"data: null\n\n", UpstreamError, False),
+    "NaN": (b'data: {"usage":{"cost":NaN}}\n\n', UpstreamError, False),
+    "bad UTF-8": (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', UpstreamError, False),
+    "half a surrogate pair": (
+        b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\n',
+        UpstreamError,
+        False,
+    ),
+    "nested too deep": (b"data: " + 1000 * b"[" + 1000 * b"]" + b"\n\n", UpstreamError, False),
+    "choices a number": (b'data: {"choices":1}\n\n', UpstreamError, False),
+    "a choice null": (b'data: {"choices":[null]}\n\n', UpstreamError, False),
+    "a delta of text": (b'data: {"choices":[{"delta":"Hi"}]}\n\n', UpstreamError, False),
+    "a content of numbers": (
+        b'data: {"choices":[{"delta":{"content":[1]}}]}\n\n',
+        UpstreamError,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("failure", "kind", "retryable"), FAILURES.values(), ids=FAILURES)
+def test_a_failure_in_the_stream_ends_it_and_the_pieces_before_it_are_kept(
+    failure: bytes, kind: type[ServiceError], retryable: bool
+) -> None:
+    reader = ChunkReader()
+    assert reader.feed(delta("a") + failure + delta("b") + DONE) == ["a"]
+    assert reader.feed(delta("c")) is None
+    assert type(reader.error) is kind
+    assert reader.error.retryable is retryable
+    assert not reader.done
+
+
+def test_an_event_of_more_than_1_mib_ends_the_stream() -> None:
+    reader = ChunkReader()
+    assert reader.feed(delta("a") + b"data: ") == ["a"]
+    assert reader.feed(b"x" * (MAX_EVENT_BYTES - 6)) is None
+    assert reader.error is None
+    assert reader.feed(b"x") is None
+    assert isinstance(reader.error, UpstreamError)
+
+
+def test_what_follows_done_may_be_as_long_as_it_likes() -> None:
+    _, reader = read(DONE + b"x" * (MAX_EVENT_BYTES + 1))
+    assert reader.error is None
+
+
+NAMES = (
+    *("choices", "delta", "content", "text", "index", "refusal", "reasoning", "reasoning_content"),
+    *("usage", "x_groq", "model", "finish_reason", "error", "code", "type", "message", "x"),
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+    | st.sampled_from(["stop", "429", "text"])
+)
+any_json = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5)
+    ),
+    max_leaves=15,
+)
+# JSON of a chunk's shape down to some depth, where a stranger is most likely to be strange.
+any_choice = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": any_json,
+        "delta": st.fixed_dictionaries(
+            {}, optional=dict.fromkeys(("content", "refusal", "reasoning"), any_json)
+        )
+        | any_json,
+        "finish_reason": any_json,
+    },
+)
+any_chunk = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "choices": st.lists(any_choice, max_size=3),
+            "usage": any_json,
+            "model": any_json,
+            "x_groq": any_json,
+        },
+    )
+    | any_json
+)
+
+
+@settings(deadline=None)
+@given(st.lists(any_chunk, max_size=4))
+def test_no_json_whatever_makes_the_reader_raise(chunks: list[Any]) -> None:
+    _, reader = read(*(event(chunk) for chunk in chunks))
+    assert reader.error or all(isinstance(chunk, dict) for chunk in chunks)
+    assert not reader.done
+
+
+@settings(deadline=None)
+@given(any_stream | st.binary(max_size=200), any_places)
+def test_no_bytes_whatever_make_the_reader_raise(stream: bytes, places: list[int]) -> None:
+    whole, reader = read(stream)
+    pieces, again = read(*cut(stream, places))
+    assert pieces == whole
+    assert (again.done, type(again.error)) == (reader.done, type(reader.error))
+
+
+@settings(deadline=None)
+@example([{"usage": [1]}])
+@example([{"model": 5}])
+@example([{"choices": [{"finish_reason": {"x": 1}}]}])
+@example([{"choices": [{"delta": {"content": [{"type": "text", "text": 5}]}}]}])
+@given(st.lists(any_chunk, max_size=4))
+def test_what_is_kept_of_any_json_has_the_type_that_an_answer_promises(chunks: list[Any]) -> None:
+    pieces, reader = read(*(event(chunk) for chunk in chunks))
+    assert all(isinstance(piece, str) and piece for piece in pieces)
+    assert isinstance(reader.model, str)
+    assert isinstance(reader.finish_reason, str | None)
+    assert isinstance(reader.usage, dict | None)
+
+
+# ---- refusal, retry_after
+
+
+def told(**error: object) -> dict[str, object]:
+    return {"error": error}
+
+
+# A response's status and JSON; the error that it is, and whether trying again may help.
+REFUSALS: dict[str, tuple[int, object, type[ServiceError], bool]] = {
+    # Not the caller's to mend.
+    "400": (400, told(message="bad"), UpstreamError, False),
+    "401": (401, told(code="invalid_api_key"), UpstreamError, False),
+    "403": (403, told(code="unsupported_country"), UpstreamError, False),
+    "404": (404, told(code="model_not_found"), UpstreamError, False),
+    "422": (422, {"detail": [{"loc": ["body"]}]}, UpstreamError, False),
+    "a redirect": (307, None, UpstreamError, False),
+    "a status of one's own": (299, None, UpstreamError, False),
+    # The provider's own trouble.
+    "408": (408, None, UpstreamError, True),
+    "409": (409, None, UpstreamError, True),
+    "500": (500, told(type="server_error"), UpstreamError, True),
+    "502 with HTML": (502, None, UpstreamError, True),
+    "504": (504, None, UpstreamError, True),
+    "520": (520, None, UpstreamError, True),
+    "500 that carries another's 401": (500, told(code=401), UpstreamError, False),
+    "502 that carries another's 401": (502, told(code=401), UpstreamError, True),
+    # Busy.
+    "429": (429, told(code="rate_limit_exceeded"), UpstreamUnavailable, True),
+    "429 without JSON": (429, None, UpstreamUnavailable, True),
+    "503": (503, None, UpstreamUnavailable, True),
+    "529": (529, None, UpstreamUnavailable, True),
+    "overloaded as 500": (500, told(message="The engine is Overloaded"), UpstreamUnavailable, True),
+    "500 that carries another's 429": (500, told(code="429"), UpstreamUnavailable, True),
+    "slow_down as 403": (403, told(code="slow_down"), UpstreamUnavailable, True),
+    # Somebody has to pay.
+    "402": (402, told(message="Insufficient balance"), UpstreamUnavailable, False),
+    "quota by code": (429, told(code="insufficient_quota"), UpstreamUnavailable, False),
+    "quota by type": (429, told(type="insufficient_quota"), UpstreamUnavailable, False),
+    "billing": (429, told(code="billing_hard_limit_reached"), UpstreamUnavailable, False),
+    "a limit that is raised on the billing page": (
+        429,
+        told(
+            message="Rate limit reached: 3 requests a minute. Try again in 20s, or add a payment"
+            " method at https://provider.example/account/billing.",
+            type="requests",
+            code="rate_limit_exceeded",
+        ),
+        UpstreamUnavailable,
+        True,
+    ),
+    # Too long for the model.
+    "too long by code": (400, told(code="context_length_exceeded"), ContextTooLong, False),
+    "too long by message": (
+        400,
+        told(message="Maximum Context Length is 9"),
+        ContextTooLong,
+        False,
+    ),
+    "too long by type": (400, told(type="too_many_prompt_tokens"), ContextTooLong, False),
+    "too long as text": (400, told(message="prompt too long; by 7 tokens"), ContextTooLong, False),
+    "too long with 413": (413, told(message="exceeds the context window"), ContextTooLong, False),
+    "too long with 422": (422, "context length exceeded", ContextTooLong, False),
+    "too long with 500": (500, told(message="prompt is too long: 9 tokens"), ContextTooLong, False),
+    "a key that is too long": (401, told(message="key too long"), UpstreamError, False),
+    "an answer that took too long": (
+        500,
+        told(message="The model took too long to answer.", type="server_error"),
+        UpstreamError,
+        True,
+    ),
+    # Against the provider's policy.
+    "filtered by code": (400, told(code="content_filter"), ContentRefused, False),
+    "filtered with 200": (200, told(code="content_filter"), ContentRefused, False),
+    "policy by code": (400, told(code="content_policy_violation"), ContentRefused, False),
+    "a prompt that is flagged": (
+        400,
+        told(
+            message="Invalid prompt: it was flagged as violating our usage policy.",
+            type="invalid_request_error",
+            code="invalid_prompt",
+        ),
+        ContentRefused,
+        False,
+    ),
+    "policy by message": (
+        403,
+        told(message="Refused by our Content Management Policy"),
+        ContentRefused,
+        False,
+    ),
+    # JSON of other shapes.
+    "error a string": (400, {"error": "context length exceeded"}, ContextTooLong, False),
+    "error null": (500, {"error": None}, UpstreamError, True),
+    "error a list": (500, {"error": [1]}, UpstreamError, True),
+    "no error member": (400, {"message": "prompt too long"}, ContextTooLong, False),
+    "a list": (500, [1, 2], UpstreamError, True),
+    "a number": (500, 7, UpstreamError, True),
+    "fields of other types": (
+        500,
+        told(code=["x"], type={"y": 1}, message=12),
+        UpstreamError,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "kind", "retryable"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_is_told_by_its_code_its_words_and_its_status(
+    status: int, body: object, kind: type[ServiceError], retryable: bool
+) -> None:
+    error = refusal(status, body)
+    assert type(error) is kind
+    assert error.retryable is retryable
+    assert error.retry_after is None
+
+
+def test_only_a_provider_that_is_busy_passes_on_how_long_to_wait() -> None:
+    headers = {"retry-after": "2.2"}
+    assert refusal(429, None, headers).retry_after == 2.2
+    assert refusal(503, None, headers).detail().retry_after == 3
+    assert refusal(500, None, headers).retry_after is None
+    assert refusal(429, told(code="insufficient_quota"), headers).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": " 3 "}, 3.0),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+        ({"retry-after-ms": "0", "retry-after": "1"}, 1.0),
+        ({"retry-after-ms": "soon", "retry-after": "1"}, 1.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "86400"}, 86400.0),
+        ({"retry-after": "86401"}, None),
+    ],
+)
+def test_the_wait_is_that_of_the_headers_within_a_day(
+    headers: dict[str, str], seconds: float | None
+) -> None:
+    assert retry_after(headers, 0.0) == seconds
+
+
+def test_the_wait_may_be_given_as_a_date() -> None:
+    now = datetime(2026, 11, 22, tzinfo=UTC)
+    soon = format_datetime(now + timedelta(seconds=60), usegmt=True)
+    assert retry_after({"retry-after": soon}, now.timestamp()) == 60
+
+
+def test_a_date_that_is_past_is_no_wait() -> None:
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1.5e9) is None
+
+
+# ---- Router
+
+GROQ = {"PROVIDERS": "groq", "GROQ_BASE_URL": "http://groq.invalid/v1"}
+OPENAI = {"OPENAI_API_KEY": KEY}
+
+
+def route(**env: str) -> Router:
+    given = from_env(env)
+    return Router(given, make_providers(given))
+
+
+@pytest.mark.parametrize(
+    ("env", "asked", "target"),
+    [
+        (OPENAI, None, "openai/gpt-4o-mini"),
+        (OPENAI, "gpt-4o-mini", "openai/gpt-4o-mini"),
+        (OPENAI, "openai/gpt-4o-mini", "openai/gpt-4o-mini"),
+        ({**OPENAI, "DEFAULT_MODEL": "openai/o9"}, "o9", "openai/o9"),
+        ({**OPENAI, "MODELS": "gpt-4o-mini,gpt-9*"}, "gpt-9-nano", "openai/gpt-9-nano"),
+        ({**OPENAI, "MODELS": "gpt-4o-mini,gpt-9*"}, "openai/gpt-9", "openai/gpt-9"),
+        ({**OPENAI, "MODELS": "*"}, "org/model", "openai/org/model"),
+        ({**OPENAI, "MODELS": "gpt-4o-mini,mock/echo"}, "mock/echo", "mock/echo"),
+        # Only the first slash divides, and only what a provider is called is a provider.
+        ({**OPENAI, **GROQ, "MODELS": "*,groq/*"}, "groq/org/model", "groq/org/model"),
+        ({**OPENAI, **GROQ, "MODELS": "*,groq/*"}, "org/groq/model", "openai/org/groq/model"),
+        ({**OPENAI, **GROQ, "MODELS": "*,groq/*"}, "groq", "openai/groq"),
+        ({**OPENAI, **GROQ, "MODELS": "*,groq/*"}, "Groq/model", "openai/Groq/model"),
+        # Without OpenAI's key the first of PROVIDERS is the default, without any the mock.
+        (GROQ, None, "groq/gpt-4o-mini"),
+        ({**GROQ, "MODELS": "*"}, "openai/x", "groq/openai/x"),
+        ({**OPENAI, **GROQ, "DEFAULT_PROVIDER": "groq"}, "gpt-4o-mini", "groq/gpt-4o-mini"),
+        ({}, None, "mock/gpt-4o-mini"),
+        ({}, "mock/lorem-7", "mock/lorem-7"),
+        ({}, "lorem-7", "mock/lorem-7"),
+        ({"DEFAULT_MODEL": "echo", "MODELS": "echo,slow"}, "slow", "mock/slow"),
+    ],
+)
+def test_what_precedes_the_first_slash_answers_if_it_is_a_provider_else_the_default(
+    env: dict[str, str], asked: str | None, target: str
+) -> None:
+    (found,) = route(**env).resolve(asked)
+    assert found.name == target
+    assert found.provider.name == target.partition("/")[0]
+    assert found.model == target.partition("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("env", "asked", "models"),
+    [
+        (OPENAI, "gpt-9", "gpt-4o-mini"),
+        (OPENAI, "GPT-4O-MINI", "gpt-4o-mini"),
+        (OPENAI, "mock/echo", "gpt-4o-mini"),
+        (OPENAI, "", "gpt-4o-mini"),
+        ({**OPENAI, "MODELS": "gpt-4o-mini, o9*"}, "org/o9", "gpt-4o-mini, o9*"),
+        ({**OPENAI, **GROQ, "MODELS": "gpt-4o-mini,groq/a"}, "a", "gpt-4o-mini, groq/a"),
+        ({**OPENAI, **GROQ, "MODELS": "*"}, "groq/a", "*"),
+        ({"MODELS": "gpt-4o-mini,mock/echo"}, "mock/slow", "gpt-4o-mini, mock/echo"),
+    ],
+)
+def test_a_model_that_is_not_allowed_is_refused_naming_those_that_are(
+    env: dict[str, str], asked: str, models: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        route(**env).resolve(asked)
+    (problem,) = refused.value.problems
+    assert problem.field == "model_id"
+    assert problem.message == f"is not a model of this service; it has {models}"
+
+
+@pytest.mark.parametrize(
+    ("env", "models"),
+    [
+        (OPENAI, ["gpt-4o-mini"]),
+        ({**OPENAI, "DEFAULT_MODEL": "o9"}, ["o9"]),
+        ({**OPENAI, "MODELS": "o9,gpt-4o-mini,gpt-*,o9"}, ["o9", "gpt-4o-mini", "gpt-*"]),
+        ({**OPENAI, "MODELS": "*"}, ["*"]),
+        (
+            {},
+            [
+                *("gpt-4o-mini", "mock/echo", "mock/lorem-100", "mock/slow", "mock/hang"),
+                *("mock/error", "mock/error-midstream", "mock/truncated", "mock/rate-limited"),
+                *("mock/empty", "mock/unicode"),
+            ],
+        ),
+        (
+            {**OPENAI, "MODELS": "gpt-4o-mini,mock/e*"},
+            ["gpt-4o-mini", "mock/echo", "mock/error", "mock/error-midstream", "mock/empty"],
+        ),
+        ({"MODELS": "gpt-4o-mini,mock/echo,mock/mine"}, ["gpt-4o-mini", "mock/echo", "mock/mine"]),
+        ({"MODELS": "echo,slow", "DEFAULT_MODEL": "echo"}, ["echo", "slow"]),
+    ],
+)
+def test_the_models_that_may_be_asked_for_are_listed(
+    env: dict[str, str], models: list[str]
+) -> None:
+    assert route(**env).models == models
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"MODELS": "gpt-9"},
+        {"MODELS": "mock/*", **OPENAI},
+        {"MODELS": "gpt-4o-mini", "DEFAULT_MODEL": "groq/gpt-4o-mini", **OPENAI, **GROQ},
+    ],
+)
+def test_a_default_model_that_nobody_may_ask_for_stops_the_start(env: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"^DEFAULT_MODEL=.*gpt-4o-mini. is not among MODELS$"):
+        route(**env)
+
+
+# ---- OpenAIProvider, over sockets
+
+
+def sends(data: bytes, close: bool = False) -> Script:
+    """A provider that answers every request with these bytes."""
+
+    async def script(request: Connection) -> None:
+        await request.send(data)
+        if close:
+            request.writer.close()
+
+    return script
+
+
+def stream(*events: bytes) -> bytes:
+    """A response with these events, each a chunk of its own, as far as its end."""
+    return HEAD + b"".join(http_chunk(data) for data in events)
+
+
+def reset(request: Connection) -> None:
+    """Close with a RST: what was sent and is not yet read may be lost with it."""
+    request.writer.get_extra_info("socket").setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
+    request.reset()
+
+
+def port_of(server: asyncio.Server) -> int:
+    port: int = server.sockets[0].getsockname()[1]
+    return port
+
+
+async def failure(reply: Reply) -> tuple[int, str, bool]:
+    """Status, code and `retryable` of an answer that failed before its first piece."""
+    error = (await reply.json())["error"]
+    return reply.status, error["code"], error["retryable"]
+
+
+async def ending(reply: Reply) -> tuple[str, str]:
+    """The text of a stream and its end: `done`, or the code of the error."""
+    assert reply.status == 200
+    *chunks, last = await reply.events()
+    text = "".join(chunk["chunk"] for chunk in chunks)
+    return text, last["error"]["code"] if last["status"] == "error" else last["status"]
+
+
+async def test_the_provider_gets_this_request_and_nothing_else(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="stop"), DONE) + END))
+    app = await service(**openai(provider.url, SYSTEM_PROMPT="Be kind."))
+    trace = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+    headers = {
+        "x-request-id": "mine-1",
+        "traceparent": trace,
+        "cookie": "session=secret",
+        "user-agent": "a browser",
+        "accept-encoding": "gzip, br",
+        "x-other": "1",
+    }
+    await (await (await app.connect()).chat("Hello", headers)).events()
+    request = provider.requests[0]
+    assert request.path == "/v1/chat/completions"
+    assert request.body == {
+        "model": "gpt-4o-mini",
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hello"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    for name in ("host", "content-length", "connection", "user-agent"):
+        assert headers.get(name, "") != request.headers.pop(name)
+    assert request.headers == {
+        "content-type": "application/json",
+        "accept": "text/event-stream",
+        "accept-encoding": "identity",
+        "authorization": f"Bearer {KEY}",
+        "x-client-request-id": "mine-1",
+        "traceparent": trace,
+    }
+
+
+async def test_without_a_trace_none_is_made_up(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="stop"), DONE) + END))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    await reply.events()
+    assert "traceparent" not in provider.requests[0].headers
+    assert provider.requests[0].headers["x-client-request-id"] == reply.headers["x-request-id"]
+
+
+async def test_a_provider_without_a_key_gets_no_authorization(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="stop"), DONE) + END))
+    app = await service(**QUIET, PROVIDERS="local", LOCAL_BASE_URL=provider.url)
+    assert await ending(await app.chat()) == ("Hi", "done")
+    assert "authorization" not in provider.requests[0].headers
+
+
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [
+        ("", "/chat/completions"),
+        ("/", "/chat/completions"),
+        ("/v1", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/api/openai/v1//", "/api/openai/v1/chat/completions"),
+    ],
+)
+async def test_the_path_of_the_base_url_is_kept(
+    service: StartService, upstream: StartUpstream, base: str, path: str
+) -> None:
+    provider = await upstream(sends(stream(DONE) + END))
+    app = await service(**openai(provider.url.removesuffix("/v1") + base))
+    assert await ending(await app.chat()) == ("", "done")
+    assert provider.requests[0].path == path
+
+
+async def test_the_output_limit_is_max_tokens_to_others_than_openai(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(DONE) + END))
+    app = await service(**openai(provider.url, MAX_OUTPUT_TOKENS="5"))
+    await (await app.chat()).events()
+    assert provider.requests[0].body["max_tokens"] == 5
+    assert "max_completion_tokens" not in provider.requests[0].body
+
+
+async def test_the_output_limit_is_max_completion_tokens_to_openai_and_goes_by_the_proxy(
+    service: StartService, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await upstream(sends(stream(DONE) + END))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    app = await service(**openai("http://api.openai.com/v1", MAX_OUTPUT_TOKENS="5"))
+    await (await app.chat()).events()
+    assert proxy.requests[0].path == "http://api.openai.com/v1/chat/completions"
+    assert proxy.requests[0].body["max_completion_tokens"] == 5
+    assert "max_tokens" not in proxy.requests[0].body
+
+
+async def test_a_provider_that_no_proxy_names_is_asked_directly(
+    service: StartService, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = await upstream(sends(stream(DONE) + END))
+    proxy = await upstream(sends(stream(DONE) + END))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    app = await service(**openai(provider.url))
+    await (await app.chat()).events()
+    assert (len(provider.requests), len(proxy.requests)) == (1, 0)
+
+
+async def test_a_proxy_may_be_named_without_a_scheme(
+    service: StartService, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = await upstream(sends(stream(DONE) + END))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1").removeprefix("http://"))
+    app = await service(**openai("http://provider.invalid/v1"))
+    assert await ending(await app.chat()) == ("", "done")
+
+
+def test_a_proxy_of_another_kind_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "ftp://127.0.0.1")
+    with pytest.raises(SettingsError, match=r"^HTTP_PROXY is not an http:// address$"):
+        make_providers(from_env(openai("http://provider.invalid/v1")))
+
+
+async def test_an_answer_is_over_after_its_completion() -> None:
+    target = Target(MockProvider(), "lorem-2")
+    said = [{"role": "user", "content": "Hi"}]
+    pieces = answer([target], said, Call("req_1"), first_piece_seconds=20, max_retries=0)
+    *batches, last = [batch async for batch in pieces]
+    assert (batches, last) == (
+        [["lorem "], ["ipsum "]],
+        Completion(
+            "mock/lorem-2",
+            "stop",
+            {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+        ),
+    )
+
+
+def test_a_bare_error_line_may_hold_plain_text() -> None:
+    reader = ChunkReader()
+    assert reader.feed(b"error: the server is overloaded\n") is None
+    assert type(reader.error) is UpstreamUnavailable
+
+
+async def test_a_providers_cookie_never_goes_back(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    cookie = HEAD.replace(b"x-request-id: up_1", b"set-cookie: who=first-caller; Path=/")
+    provider = await upstream(sends(cookie + http_chunk(DONE) + END))
+    app = await service(**openai(provider.url))
+    for _ in range(2):
+        await (await app.chat()).events()
+    assert len(provider.requests) == 2
+    assert [request.headers.get("cookie") for request in provider.requests] == [None, None]
+
+
+async def test_a_redirect_is_not_followed(service: StartService, upstream: StartUpstream) -> None:
+    elsewhere = await upstream(sends(stream(DONE) + END))
+    answer = response(307, b"", f"location: {elsewhere.url}/chat/completions")
+    provider = await upstream(sends(answer))
+    app = await service(**openai(provider.url))
+    assert await failure(await app.chat()) == (502, "upstream_error", False)
+    assert elsewhere.connections == 0
+
+
+GZIPPED = gzip.compress(delta("Hi", finish_reason="stop") + DONE)
+
+# What is answered instead of a stream; status, code and `retryable` of our own answer.
+INSTEAD: dict[str, tuple[bytes, tuple[int, str, bool]]] = {
+    "gzip": (
+        response(200, GZIPPED, "content-type: text/event-stream", "content-encoding: gzip"),
+        (502, "upstream_error", False),
+    ),
+    "gzip, its body still to come": (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n"
+        b"content-length: 1000\r\n\r\n" + GZIPPED,
+        (502, "upstream_error", False),
+    ),
+    "HTML with 200": (
+        response(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
+        (502, "upstream_error", False),
+    ),
+    "a JSON completion with 200": (
+        response(200, b'{"choices":[{"index":0,"message":{"content":"Hi"}}]}'),
+        (502, "upstream_error", False),
+    ),
+    "JSON with 200 that is no error, whatever its words": (
+        response(200, b'{"message":"The context window is open."}'),
+        (502, "upstream_error", False),
+    ),
+    "a JSON list with 200": (response(200, b"[1]"), (502, "upstream_error", False)),
+    "JSON that is none with 200": (response(200, b"{"), (502, "upstream_error", False)),
+    "a JSON error with 200": (
+        response(200, b'{"error":{"code":429,"message":"x"}}'),
+        (503, "upstream_unavailable", True),
+    ),
+    "a JSON error with 200, its type in capitals": (
+        response(200, b'{"error":{"code":"content_filter"}}', "content-type: Application/JSON"),
+        (422, "content_refused", False),
+    ),
+    "204": (b"HTTP/1.1 204 No Content\r\n\r\n", (502, "upstream_error", False)),
+    "an error without a type": (
+        b'HTTP/1.1 400 Bad\r\ncontent-length: 19\r\n\r\n{"error":"too long"',
+        (502, "upstream_error", False),
+    ),
+    "an error page without end": (
+        b"HTTP/1.1 503 Busy\r\ncontent-type: text/html\r\ncontent-length: 9999999\r\n\r\n"
+        + b"x" * (MAX_ERROR_BYTES + 1),
+        (503, "upstream_unavailable", True),
+    ),
+    "not HTTP": (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", (502, "upstream_error", True)),
+    "a stream of nothing": (stream() + END, (502, "upstream_incomplete", True)),
+    "a stream of nonsense": (stream(sse(b"oops")), (502, "upstream_error", False)),
+    "a stream that begins with an error": (
+        stream(sse(b'{"error":{"code":"context_length_exceeded"}}')),
+        (422, "context_too_long", False),
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), INSTEAD.values(), ids=INSTEAD)
+async def test_what_is_no_stream_gets_a_status_of_its_own(
+    service: StartService,
+    upstream: StartUpstream,
+    answer: bytes,
+    expected: tuple[int, str, bool],
+) -> None:
+    provider = await upstream(sends(answer))
+    app = await service(**openai(provider.url))
+    assert await failure(await app.chat()) == expected
+
+
+async def test_how_long_a_busy_provider_wants_us_to_wait_is_passed_on(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    busy = response(429, b'{"error":{"message":"x"}}', "Retry-After: 9", "Retry-After-Ms: 6100")
+    provider = await upstream(sends(busy))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    assert reply.status == 503
+    assert reply.headers["retry-after"] == "7"
+    assert (await reply.json())["error"]["retry_after"] == 7
+
+
+async def test_a_connection_that_is_refused_is_an_upstream_error(service: StartService) -> None:
+    with socket.socket() as bound:  # holds its port, so that nobody else listens there
+        bound.bind(("127.0.0.1", 0))
+        app = await service(**openai(f"http://127.0.0.1:{bound.getsockname()[1]}/v1"))
+        assert await failure(await app.chat()) == (502, "upstream_error", True)
+
+
+async def test_a_name_that_is_not_found_is_an_upstream_error(service: StartService) -> None:
+    app = await service(**openai("http://provider.invalid/v1"))
+    assert await failure(await app.chat()) == (502, "upstream_error", True)
+
+
+async def test_a_provider_that_does_not_accept_in_time_is_a_timeout(service: StartService) -> None:
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        # Room for one connection that is not accepted yet: what comes after that gets no answer.
+        deaf.listen(0)
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        app = await service(**openai(url, CONNECT_TIMEOUT_SECONDS="0.1"))
+        assert await failure(await app.chat()) == (504, "upstream_timeout", True)
+
+
+@asynccontextmanager
+async def greeting(data: bytes) -> AsyncIterator[int]:
+    """A port that says `data` before it is asked, and nothing more."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        yield port_of(server)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", (502, "upstream_error", True)),
+        (b"", (504, "upstream_timeout", True)),
+    ],
+)
+async def test_tls_to_a_port_that_speaks_none_fails_as_a_connection_does(
+    service: StartService, said: bytes, expected: tuple[int, str, bool]
+) -> None:
+    async with greeting(said) as port:
+        url = f"https://127.0.0.1:{port}/v1"
+        app = await service(**openai(url, CONNECT_TIMEOUT_SECONDS="0.1"))
+        assert await failure(await app.chat()) == expected
+
+
+async def test_answers_one_after_another_use_one_connection(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.answer("Hi")
+
+    provider = await upstream(script)
+    app = await service(**openai(provider.url))
+    for _ in range(3):
+        assert await ending(await app.chat()) == ("Hi", "done")
+    assert provider.connections == 1
+
+
+async def test_the_connection_is_kept_where_the_end_of_the_body_comes_after_done(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi"), DONE)))
+    app = await service(**openai(provider.url))
+    for number in range(2):
+        reply = await app.chat()
+        # [DONE] was in the same packet: it has been read.
+        assert (await reply.event())["chunk"] == "Hi"
+        await (await provider.request(number)).send(END)
+        assert await ending(reply) == ("", "done")
+    assert provider.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [(delta("Hi") + DONE, []), (delta("Hi", finish_reason="stop"), [DONE])],
+    ids=["[DONE]", "a finish_reason, [DONE]"],
+)
+async def test_a_body_that_does_not_end_after_done_is_not_waited_for(
+    service: StartService, upstream: StartUpstream, first: bytes, later: list[bytes]
+) -> None:
+    provider = await upstream(sends(stream(first)))
+    app = await service(**openai(provider.url, TOTAL_TIMEOUT_SECONDS="2"))
+    for number in range(2):
+        reply = await app.chat()
+        assert (await reply.event())["chunk"] == "Hi"
+        request = await provider.request(number)
+        await request.more(*later)
+        assert await ending(reply) == ("", "done")
+        await request.closed.wait()
+    assert provider.connections == 2
+
+
+@pytest.mark.parametrize("end", [DONE, b": no more\n\n"], ids=["[DONE]", "no [DONE]"])
+async def test_usage_and_text_that_come_after_the_finish_reason_are_part_of_the_answer(
+    service: StartService, upstream: StartUpstream, end: bytes
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="stop"))))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hi"
+    request = await provider.request()
+    await request.more(delta("!"), sse(b'{"choices":[],"usage":{"total_tokens":2}}'), end)
+    await request.send(END)
+    late, done = await reply.events()
+    assert late["chunk"] == "!"
+    assert done["usage"] == {"total_tokens": 2}
+    assert done["finish_reason"] == "stop"
+
+
+async def test_an_answer_that_goes_on_after_a_finish_reason_is_passed_on_as_it_comes(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    # Open WebUI ends its reasoning with "stop", and the answer is still to come.
+    provider = await upstream(sends(stream(delta("a", finish_reason="stop"))))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "a"
+    request = await provider.request()
+    for text in ("b", "c"):
+        await request.more(delta(text))
+        assert (await reply.event()).get("chunk") == text
+    await request.more(DONE)
+    await request.send(END)
+    assert await ending(reply) == ("", "done")
+
+
+async def test_an_error_after_the_finish_reason_is_an_error(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="length"))))
+    # It is told at once: the time for what may follow is longer than this.
+    app = await service(**openai(provider.url, TOTAL_TIMEOUT_SECONDS="2"))
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hi"
+    request = await provider.request()
+    await request.more(delta("!"), sse(b'{"error":{"code":503,"message":"x"}}'), DONE)
+    assert await ending(reply) == ("!", "upstream_unavailable")
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
+    [
+        (delta("Hi", finish_reason="stop"), "done"),
+        (delta("Hi"), "upstream_incomplete"),
+    ],
+    ids=["with a finish_reason", "without"],
+)
+async def test_a_body_that_ends_without_done_is_an_answer_only_with_a_finish_reason(
+    service: StartService, upstream: StartUpstream, last: bytes, end: str
+) -> None:
+    provider = await upstream(sends(stream(last) + END))
+    app = await service(**openai(provider.url))
+    assert await ending(await app.chat()) == ("Hi", end)
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
+    [
+        (delta("Hi", finish_reason="stop"), "done"),
+        (delta("Hi") + DONE, "done"),
+        (delta("Hi"), "upstream_error"),
+    ],
+    ids=["with a finish_reason", "with [DONE]", "with neither"],
+)
+async def test_a_connection_that_breaks_spoils_only_an_answer_that_is_not_whole(
+    service: StartService, upstream: StartUpstream, last: bytes, end: str
+) -> None:
+    provider = await upstream(sends(stream(last)))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hi"
+    reset(await provider.request())
+    assert await ending(reply) == ("", end)
+
+
+async def test_a_provider_that_goes_quiet_after_its_finish_reason_does_not_spoil_the_answer(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi", finish_reason="stop"))))
+    app = await service(**openai(provider.url, IDLE_TIMEOUT_SECONDS="0.4", HEARTBEAT_SECONDS="0.1"))
+    assert await ending(await app.chat()) == ("Hi", "done")
+
+
+async def test_a_provider_that_hangs_up_before_its_answer_is_an_upstream_error(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(b"", close=True))
+    app = await service(**openai(provider.url))
+    assert await failure(await app.chat()) == (502, "upstream_error", True)
+
+
+async def test_pieces_in_the_same_read_as_an_error_reach_the_client_before_it(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    provider = await upstream(sends(stream(delta("a") + delta("b") + sse(b'{"error":"x"}'))))
+    app = await service(**openai(provider.url))
+    assert await ending(await app.chat()) == ("ab", "upstream_error")
+
+
+async def test_the_model_is_the_one_that_the_provider_names_else_the_one_asked_for(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    named = await upstream(sends(stream(sse(b'{"model":"m-2024"}'), DONE) + END))
+    unnamed = await upstream(sends(stream(DONE) + END))
+    for provider, model in ((named, "m-2024"), (unnamed, "gpt-4o-mini")):
+        app = await service(**openai(provider.url))
+        assert (await (await app.chat()).event())["model"] == model
+
+
+# Values that no provider should send, and what of them reaches the terminal event.
+ODD: dict[str, bytes] = {
+    "usage a list": b'{"usage":[1]}',
+    "usage text": b'{"usage":"12 tokens"}',
+    "usage of negative tokens": b'{"usage":{"prompt_tokens":-1}}',
+    "usage of endless tokens": b'{"usage":{"prompt_tokens":1%b}}' % (400 * b"0"),
+    "a model that is a number": b'{"model":5}',
+    "a finish_reason that is an object": b'{"choices":[{"delta":{},"finish_reason":{"x":1}}]}',
+    "a part whose text is a number": b'{"choices":[{"delta":{"content":[{"text":5}]}}]}',
+}
+
+
+@pytest.mark.parametrize("chunk", ODD.values(), ids=ODD)
+async def test_an_answer_has_its_one_terminal_event_whatever_the_provider_says_of_it(
+    service: StartService, upstream: StartUpstream, chunk: bytes
+) -> None:
+    provider = await upstream(sends(stream(delta("Hi"), sse(chunk), DONE) + END))
+    app = await service(**openai(provider.url))
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hi"
+    body = (await reply.body()).decode()
+    assert body.count('"status":') == 1
+    assert reply.ended
+
+
+async def test_a_text_cut_anywhere_arrives_whole(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    texts = ["Grüße ", "日本語 ", "👩‍👩‍👧 ", "a\u2028b", 'quote " and \\', "\n\n"]
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in texts]
+    whole = sse(*(json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)) + DONE
+    places = random.Random(1).sample(range(len(whole)), 60)
+
+    async def script(request: Connection) -> None:
+        await request.send(HEAD)
+        for part in cut(whole, places):
+            await request.more(part)
+            await asyncio.sleep(0)  # the service's turn, so that each part is a read of its own
+        await request.send(END)
+
+    provider = await upstream(script)
+    app = await service(**openai(provider.url))
+    *pieces, done = await (await app.chat()).events()
+    assert [piece["chunk"] for piece in pieces] == texts
+    assert done["status"] == "done"
+
+
+# ---- MockProvider, through the service
+
+
+async def mock(service: StartService, model: str, **env: str) -> tuple[Running, Reply]:
+    app = await service(**QUIET, **env)
+    return app, await app.chat("Hello there", model_id=f"mock/{model}")
+
+
+@pytest.mark.parametrize("model", ["echo", "anything", "gpt-4o-mini"])
+async def test_the_mock_says_what_it_is_and_what_it_heard(
+    service: StartService, model: str
+) -> None:
+    _, reply = await mock(service, model)
+    *chunks, done = await reply.events()
+    assert "".join(chunk["chunk"] for chunk in chunks) == (
+        "This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one."
+        " You said: Hello there"
+    )
+    assert (done["status"], done["model"], done["finish_reason"]) == (
+        "done",
+        f"mock/{model}",
+        "stop",
+    )
+    assert done["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": len(chunks),
+        "total_tokens": len(chunks) + 2,
+    }
+
+
+@pytest.mark.parametrize("count", [1, 9, 10_000])
+async def test_mock_lorem_n_has_n_pieces(service: StartService, count: int) -> None:
+    _, reply = await mock(service, f"lorem-{count}")
+    *chunks, done = await reply.events()
+    assert len(chunks) == count
+    assert chunks[0]["chunk"] == "lorem "
+    assert done["usage"]["completion_tokens"] == count
+
+
+@pytest.mark.parametrize("count", ["0", "10001", "99999", "x", "", "01", "-1", "+1", "1.5", "1٣"])
+async def test_mock_lorem_takes_no_other_n_than_1_to_10000(
+    service: StartService, count: str
+) -> None:
+    _, reply = await mock(service, f"lorem-{count}")
+    assert reply.status == 422
+    error = (await reply.json())["error"]
+    assert error["code"] == "invalid_request"
+    assert error["fields"] == [
+        {"field": "model_id", "message": "mock/lorem-N takes an N from 1 to 10000"}
+    ]
+
+
+async def test_mock_empty_is_an_answer_without_text(service: StartService) -> None:
+    _, reply = await mock(service, "empty")
+    (done,) = await reply.events()
+    assert done["status"] == "done"
+    assert done["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+
+
+async def test_mock_unicode_arrives_intact(service: StartService) -> None:
+    _, reply = await mock(service, "unicode")
+    text, end = await ending(reply)
+    assert text == "naïve 日本語 👩‍👩‍👧 नमस्ते سلام e\u0301 line\u2028separator"
+    assert end == "done"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "wait"),
+    [
+        ("error", (502, "upstream_error", True), None),
+        ("rate-limited", (503, "upstream_unavailable", True), "2"),
+    ],
+)
+async def test_the_mock_rehearses_failures_before_the_first_piece(
+    service: StartService, model: str, expected: tuple[int, str, bool], wait: str | None
+) -> None:
+    _, reply = await mock(service, model)
+    assert await failure(reply) == expected
+    assert reply.headers.get("retry-after") == wait
+
+
+@pytest.mark.parametrize(
+    ("model", "end"),
+    [("error-midstream", "upstream_error"), ("truncated", "upstream_incomplete")],
+)
+async def test_the_mock_rehearses_failures_after_some_text(
+    service: StartService, model: str, end: str
+) -> None:
+    _, reply = await mock(service, model)
+    assert await ending(reply) == (f"This is mock/{model}, not a model ", end)
+
+
+async def test_mock_hang_ends_when_the_first_piece_is_overdue(service: StartService) -> None:
+    _, reply = await mock(service, "hang", FIRST_TOKEN_TIMEOUT_SECONDS="0.1")
+    assert await failure(reply) == (504, "upstream_timeout", True)
+
+
+async def test_mock_slow_is_slow_enough_for_a_heartbeat_between_its_pieces(
+    service: StartService,
+) -> None:
+    _, reply = await mock(service, "slow", HEARTBEAT_SECONDS="0.3")
+    blocks = [await reply.block() for _ in range(4)]
+    assert blocks[0] == blocks[2] == ": keep-alive"
+    assert [json.loads((blocks[i] or "").removeprefix("data: "))["chunk"] for i in (1, 3)] == [
+        "This ",
+        "is ",
+    ]

@@ -1,0 +1,601 @@
+"""What the operator sees: ids, one line for each request that cannot be forged, metrics whose
+labels nobody can invent; and what none of them ever holds."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import Drain
+from service import create_app
+from settings import from_env
+from telemetry import (
+    JSONFormatter,
+    Metrics,
+    RequestContext,
+    TextFormatter,
+    record_of,
+    short_address,
+    short_hash,
+)
+from tests.client import JSON
+from tests.conftest import Log, StartService, StartUpstream
+from tests.upstream import DONE, END, Connection, delta, event
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+FORMATTERS = pytest.mark.parametrize("formatter", [JSONFormatter(), TextFormatter()])
+# A machine with other work to do proves nothing about the code.
+patient = settings(deadline=None)
+
+
+def scope_of(path: str = "/", method: str = "GET", **headers: str) -> Scope:
+    pairs = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
+        "client": ("127.0.0.1", 1),
+    }
+
+
+async def nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def call(app: ASGIApp, scope: Scope, receive: Receive = nothing) -> list[Message]:
+    """What `app` sends, a message at a time."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+def head_of(sent: Sequence[Message]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+
+
+def a_log() -> tuple[Log, logging.Logger]:
+    handler = Log()
+    log = logging.Logger("test")
+    log.addHandler(handler)
+    return handler, log
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    """The smallest application."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-own", b"1")]})
+    await send({"type": "http.response.body", "body": b"Hello"})
+
+
+def line_of(told: str, formatter: logging.Formatter, error: BaseException | None = None) -> str:
+    attributes: dict[str, object] = {"msg": "request", "fields": {"told": told}}
+    if error is not None:
+        attributes["exc_info"] = (type(error), error, error.__traceback__)
+    return formatter.format(logging.makeLogRecord(attributes))
+
+
+# The request id
+
+
+@pytest.mark.parametrize("asked", ["a", "A-z0.9_:+/=-", "0", "x" * 128])
+async def test_a_callers_own_request_id_is_kept(asked: str) -> None:
+    handler, log = a_log()
+    sent = await call(RequestContext(hello, log, Metrics()), scope_of(x_request_id=asked))
+    assert head_of(sent) == {"x-own": "1", "x-request-id": asked}
+    assert (await handler.request())["request_id"] == asked
+
+
+@pytest.mark.parametrize(
+    "asked", ["", "x" * 129, "a b", "a\n", "a\nb", "a\r\nset-cookie: b", "a,b", 'a"', "é", "a\x00"]
+)
+async def test_any_other_request_id_is_replaced(asked: str) -> None:
+    handler, log = a_log()
+    app = RequestContext(hello, log, Metrics(), new_id=lambda: "made")
+    sent = await call(app, scope_of(x_request_id=asked))
+    assert head_of(sent)["x-request-id"] == "made"
+    assert (await handler.request())["request_id"] == "made"
+
+
+async def test_ids_that_are_made_are_of_128_random_bits(service: StartService) -> None:
+    app = await service()
+    ids = [(await app.get("/healthz")).headers["x-request-id"] for _ in range(3)]
+    assert all(re.fullmatch("req_[0-9a-f]{32}", each) for each in ids)
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "outcome"),
+    [
+        ("GET", "/healthz", None, {}, 200, "done"),
+        ("POST", "/api/v1/chat", b'{"message":"Hi"}', JSON, 200, "done"),
+        ("POST", "/api/v1/chat", b"{", JSON, 400, "invalid_json"),
+        ("GET", "/healthz", None, {"host": "elsewhere"}, 400, "refused"),
+        ("POST", "/api/v1/chat", b"{}", {"authorization": "Bearer x"}, 401, "invalid_api_key"),
+        ("GET", "/nowhere", None, {}, 404, "not_found"),
+        ("PUT", "/api/v1/chat", b"{}", JSON, 405, "method_not_allowed"),
+        ("POST", "/api/v1/chat", b"x" * 100, JSON, 413, "body_too_large"),
+        ("POST", "/api/v1/chat", b"{}", {}, 415, "unsupported_media_type"),
+        ("POST", "/api/v1/chat", b"{}", JSON, 422, "invalid_request"),
+        (
+            "POST",
+            "/api/v1/chat",
+            b'{"message":"Hi","model_id":"mock/error"}',
+            JSON,
+            502,
+            "upstream_error",
+        ),
+        (
+            "POST",
+            "/api/v1/chat",
+            b'{"message":"Hi","model_id":"mock/truncated"}',
+            JSON,
+            200,
+            "upstream_incomplete",
+        ),
+    ],
+)
+async def test_every_answer_has_the_id_and_one_line_that_says_how_it_ended(
+    method: str,
+    path: str,
+    body: bytes | None,
+    headers: dict[str, str],
+    status: int,
+    outcome: str,
+    service: StartService,
+) -> None:
+    app = await service(ALLOWED_HOSTS="localhost", MAX_BODY_BYTES="64")
+    client = await app.connect()
+    reply = await client.ask(method, path, body, {**headers, "x-request-id": "mine"})
+    content = (await reply.body()).decode()
+    assert (reply.status, reply.headers["x-request-id"]) == (status, "mine")
+    if reply.headers["content-type"] == "application/json" and status >= 400:
+        assert json.loads(content)["id"] == "mine"
+    line = await app.log.request()
+    assert len(app.log.requests()) == 1
+    told = (line["request_id"], line["method"], line["status"], line["outcome"])
+    assert told == ("mine", method, status, outcome)
+
+
+async def test_a_defect_is_answered_500_with_the_id_and_logged_with_its_trace_alone() -> None:
+    handler, log = a_log()
+    app = create_app(from_env({"STATE_URL": "memory://"}), log, Drain())
+    told = "what the caller " + "said"
+
+    async def receive() -> Message:
+        raise RuntimeError(told)
+
+    scope = scope_of("/api/v1/chat", "POST", content_type="application/json", x_request_id="mine")
+    sent = await call(app, scope, receive)
+    assert sent[0]["status"] == 500
+    assert head_of(sent)["x-request-id"] == "mine"
+    answer = json.loads(sent[1]["body"])
+    assert (answer["error"]["code"], answer["id"]) == ("internal_error", "mine")
+    line = await handler.request()
+    assert (line["level"], line["outcome"]) == ("error", "internal_error")
+    assert "RuntimeError" in line["trace"]
+    assert "raise RuntimeError(told)" in line["trace"]
+    assert told not in handler.lines[0] + str(sent)
+
+
+@pytest.mark.parametrize("status", [None, 200])
+async def test_what_breaks_outside_of_all_handlers_is_logged_with_its_trace_and_goes_no_further(
+    status: int | None,
+) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        if status:
+            await hello(scope, receive, send)
+        raise ValueError
+
+    handler, log = a_log()
+    sent = await call(RequestContext(broken, log, Metrics()), scope_of())
+    assert len(sent) == (2 if status else 0)
+    line = await handler.request()
+    assert (line["level"], line["status"]) == ("error", status)
+    assert "ValueError" in line["trace"]
+
+
+async def test_only_http_has_records_and_lines() -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+
+    handler, log = a_log()
+    await call(RequestContext(app, log, Metrics()), {"type": "lifespan"})
+    assert seen == [{"type": "lifespan"}]
+    assert handler.lines == []
+
+
+# The trace context
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "kept"),
+    [
+        (TRACEPARENT, True),
+        ("cc" + TRACEPARENT[2:], True),
+        ("", False),
+        (TRACEPARENT.upper(), False),
+        (TRACEPARENT[:-1], False),
+        (TRACEPARENT + "0", False),
+        (TRACEPARENT + "\n", False),
+        (TRACEPARENT.replace("-", "_"), False),
+    ],
+)
+async def test_a_traceparent_is_kept_as_it_came_or_not_at_all(traceparent: str, kept: bool) -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(record_of(scope).traceparent)
+        await hello(scope, receive, send)
+
+    handler, log = a_log()
+    await call(RequestContext(app, log, Metrics()), scope_of(traceparent=traceparent))
+    assert seen == [traceparent if kept else None]
+    line = await handler.request()
+    assert line.get("trace_id") == ("0af7651916cd43dd8448eb211c80319c" if kept else None)
+
+
+# The line
+
+
+async def test_a_line_tells_times_on_the_clock_it_was_given_and_what_the_handler_added() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        record.headers.append((b"x-more", b"2"))
+        record.outcome = "as it ended"
+        record.waited = 0.2
+        record.fields |= {"caller": "app", "pieces": 3}
+        await hello(scope, receive, send)
+
+    handler, log = a_log()
+    ticks = iter([10.0, 10.25])
+    app_in_context = RequestContext(app, log, Metrics(), clock=lambda: next(ticks))
+    sent = await call(app_in_context, scope_of("/somewhere", "POST", x_request_id="mine"))
+    assert head_of(sent) == {"x-own": "1", "x-request-id": "mine", "x-more": "2"}
+    line = await handler.request()
+    assert datetime.fromisoformat(line.pop("time")).utcoffset() is not None
+    assert line == {
+        "level": "info",
+        "event": "request",
+        "request_id": "mine",
+        "method": "POST",
+        "route": "unmatched",
+        "status": 200,
+        "outcome": "as it ended",
+        "ms": 250.0,
+        "own_ms": 50.0,
+        "caller": "app",
+        "pieces": 3,
+    }
+
+
+async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.answer("Hel", "lo")
+
+    provider = await upstream(script)
+    key = "sk-of-0123456789abcdefghij"
+    app = await service(OPENAI_API_KEY=key, OPENAI_BASE_URL=provider.url)
+    client = await app.connect()
+    reply = await client.chat("Sesame", {"traceparent": TRACEPARENT}, session_id="my-session")
+    await reply.events()
+    line = await app.log.request()
+    expected = {
+        "level": "info",
+        "route": "/api/v1/chat",
+        "outcome": "done",
+        "trace_id": TRACEPARENT[3:35],
+        "caller": "127.0.0.0/24",
+        "session": short_hash("my-session"),
+        "model_asked": "openai/gpt-4o-mini",
+        "provider": "openai",
+        "model": "m-1",
+        "finish_reason": "stop",
+        "attempts": [
+            {
+                "model": "openai/gpt-4o-mini",
+                "status": 200,
+                "provider_request_id": "up_1",
+                "error": None,
+            }
+        ],
+        "pieces": 2,
+    }
+    assert {name: line[name] for name in expected} == expected
+    assert 0 <= line["own_ms"] <= line["ms"]
+    assert 0 <= line["first_piece_ms"] <= line["ms"]
+    assert provider.requests[0].headers["traceparent"] == TRACEPARENT
+    for secret in ("Sesame", "Hel", "my-session", key, "127.0.0.1"):
+        assert secret not in app.log.lines[-1]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+async def test_probes_and_scrapes_are_logged_for_debugging_only_while_they_succeed(
+    path: str, service: StartService
+) -> None:
+    app = await service()
+    assert (await app.get(path)).status == 200
+    assert (await app.log.request())["level"] == "debug"
+    refused = await (await app.connect()).ask("DELETE", path)
+    assert refused.status == 405
+    assert (await app.log.request(1))["level"] == "info"
+
+
+# What never shows
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("192.0.2.77", "192.0.2.0/24"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1::/48"),
+        ("2001:db8:1:2::/64", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::/48"),
+        ("unknown", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_an_address_is_shortened(host: str, shown: str) -> None:
+    assert short_address(host) == shown
+
+
+def test_a_hash_follows_a_value_and_does_not_give_it_away() -> None:
+    assert short_hash("s_1") == short_hash("s_1") != short_hash("s_2")
+    assert re.fullmatch("[0-9a-f]{12}", short_hash("s_1"))
+
+
+texts = st.text(st.one_of(st.characters(), st.sampled_from('\n\r\x85\u2028\x1b"\\{}\x00\x7f')))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@patient
+@given(texts, st.dictionaries(st.text().map("a_{}".format), values, max_size=4))
+def test_whatever_a_line_tells_it_is_one_line_of_json_that_says_so(
+    message: str, fields: dict[str, Any]
+) -> None:
+    attributes = {"msg": "%s", "args": (message,), "fields": fields}
+    line = JSONFormatter().format(logging.makeLogRecord(attributes))
+    assert re.fullmatch("[ -~]*", line)
+    entry = json.loads(line)
+    assert {name: entry[name] for name in fields} == fields
+    assert len(entry) == 3 + len(fields)
+
+
+@FORMATTERS
+@patient
+@given(told=texts)
+def test_no_value_begins_a_line_or_reaches_the_terminal(
+    formatter: logging.Formatter, told: str
+) -> None:
+    assert re.fullmatch("[ -~]*", line_of(told, formatter))
+
+
+@FORMATTERS
+def test_what_is_not_json_is_logged_as_its_text(formatter: logging.Formatter) -> None:
+    attributes = {"msg": "request", "fields": {"told": {1j}}}
+    assert '"{1j}"' in formatter.format(logging.makeLogRecord(attributes))
+
+
+def test_a_line_for_a_person_has_time_level_event_and_fields() -> None:
+    attributes = {"levelname": "WARNING", "msg": "Look at %s", "args": ("it",)}
+    bare = TextFormatter().format(logging.makeLogRecord(attributes))
+    assert re.fullmatch("[0-9]{2}:[0-9]{2}:[0-9]{2} warning Look at it", bare)
+    fields = {"status": 200, "caller": "a b", "usage": None}
+    told = TextFormatter().format(logging.makeLogRecord({**attributes, "fields": fields}))
+    assert told[8:] == f'{bare[8:]} status=200 caller="a b" usage=null'
+
+
+# Each raises an error whose text is `told`; the source line that a trace quotes does not hold it.
+
+
+def raise_plain(told: str) -> None:
+    raise KeyError(told)
+
+
+def raise_from_another(told: str) -> None:
+    # Not while it is handled: the cause is not the context.
+    raise ValueError(told) from caught(raise_plain, told)
+
+
+def raise_while_handling(told: str) -> None:
+    try:
+        raise_plain(told)
+    except KeyError:
+        raise ValueError(told)  # noqa: B904 - the context is what is looked at
+
+
+def raise_in_a_group(told: str) -> None:
+    try:
+        raise_plain(told)
+    except KeyError as error:
+        raise ExceptionGroup(told, [ValueError(told), error])  # noqa: B904 - as task groups do
+
+
+def caught(raise_it: Callable[[str], None], told: str) -> Exception:
+    try:
+        raise_it(told)
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+@FORMATTERS
+@pytest.mark.parametrize(
+    "raise_it", [raise_plain, raise_from_another, raise_while_handling, raise_in_a_group]
+)
+def test_a_trace_shows_where_it_broke_and_what_caused_it_and_no_errors_own_text(
+    raise_it: Callable[[str], None], formatter: logging.Formatter
+) -> None:
+    shown = line_of("", formatter, caught(raise_it, "what the caller said"))
+    assert "KeyError" in shown
+    assert "raise KeyError(told)" in shown
+    assert ("ValueError" in shown) == (raise_it is not raise_plain)
+    assert "what the caller said" not in shown
+
+
+def test_a_group_that_task_groups_raise_shows_what_it_holds() -> None:
+    error = ExceptionGroup("", [caught(raise_plain, ""), OSError()])
+    shown = line_of("", TextFormatter(), error)
+    assert "raise KeyError(told)" in shown
+    assert "OSError" in shown
+
+
+class Circular(Exception):
+    """An error that is its own cause, as `raise a from b` with an `a` that caused `b` makes it."""
+
+    asked = 0
+
+    @property
+    def __cause__(self) -> BaseException:  # type: ignore[override] # counts how often it is asked
+        self.asked += 1
+        assert self.asked < 10, "the trace goes round and round"
+        return self
+
+
+def test_a_trace_of_errors_that_cause_each_other_ends() -> None:
+    assert "Circular" in line_of("", TextFormatter(), Circular())
+
+
+@FORMATTERS
+def test_a_log_call_without_an_error_has_no_trace(formatter: logging.Formatter) -> None:
+    record = logging.makeLogRecord({"msg": "told"})
+    without = formatter.format(record)
+    record.exc_info = (None, None, None)  # what exc_info=True gives outside of a handler
+    assert formatter.format(record) == without
+
+
+# Metrics
+
+
+def series(text: str, prefix: str = "chat_") -> dict[str, float]:
+    """The values in an exposition, by series, times of creation left out."""
+    rows = [row.rpartition(" ") for row in text.splitlines() if row.startswith(prefix)]
+    return {name: float(value) for name, _, value in rows if "_created" not in name}
+
+
+async def test_a_chat_leaves_these_numbers(service: StartService, upstream: StartUpstream) -> None:
+    async def script(request: Connection) -> None:
+        await request.answer("Hel", "lo")
+
+    provider = await upstream(script)
+    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    await (await app.chat()).events()
+    await app.log.request()
+    found = series((await (await app.get("/metrics")).body()).decode())
+    expected = {
+        'chat_requests_total{outcome="done",route="/api/v1/chat",status="200"}': 1,
+        'chat_request_seconds_count{route="/api/v1/chat"}': 1,
+        'chat_request_seconds_bucket{le="+Inf",route="/api/v1/chat"}': 1,
+        "chat_first_piece_seconds_count": 1,
+        'chat_pieces_total{model="gpt-4o-mini",provider="openai"}': 2,
+        'chat_tokens_total{kind="prompt_tokens",model="gpt-4o-mini",provider="openai"}': 1,
+        'chat_tokens_total{kind="completion_tokens",model="gpt-4o-mini",provider="openai"}': 2,
+        "chat_open_streams": 0,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    assert 0 < found["chat_first_piece_seconds_sum"] < 60
+
+
+async def test_a_refusal_is_counted_by_its_code_and_has_no_first_piece(
+    service: StartService,
+) -> None:
+    app = await service(RATE_LIMIT="1/day")
+    for _ in range(2):
+        await (await app.chat(model_id="mock/error")).body()
+    requests = 'chat_requests_total{{outcome="{}",route="/api/v1/chat",status="{}"}}'
+    assert await app.metric(requests.format("upstream_error", 502)) == 1
+    assert await app.metric(requests.format("rate_limited", 429)) == 1
+    assert await app.metric("chat_first_piece_seconds_count") == 0
+
+
+async def test_durations_are_measured_on_the_clock_that_was_given() -> None:
+    _, log = a_log()
+    metrics = Metrics()
+    ticks = iter([1.0, 3.0])
+    await call(RequestContext(hello, log, metrics, clock=lambda: next(ticks)), scope_of())
+    found = series(generate_latest(metrics.registry).decode(), "chat_request_seconds")
+    assert found['chat_request_seconds_sum{route="unmatched"}'] == 2
+    assert found['chat_request_seconds_bucket{le="1.0",route="unmatched"}'] == 0
+    assert found['chat_request_seconds_bucket{le="2.5",route="unmatched"}'] == 1
+
+
+def labels(found: Iterable[str], label: str) -> set[str]:
+    return {match[1] for name in found if (match := re.search(f'{label}="([^"]*)"', name))}
+
+
+async def test_what_is_asked_for_and_does_not_exist_never_becomes_a_label(
+    service: StartService,
+) -> None:
+    app = await service()
+    client = await app.connect()
+    for number in range(5):
+        await (await client.ask("GET", f"/made/up/{number}")).body()
+        await (await client.ask("DELETE", f"/healthz?{number}")).body()
+    found = series((await (await client.ask("GET", "/metrics")).body()).decode())
+    assert labels(found, "route") == {"unmatched", "/healthz"}
+    assert "made" not in str(found)
+
+
+async def test_a_model_that_only_a_glob_allows_never_becomes_a_label(service: StartService) -> None:
+    app = await service(RATE_LIMIT="off")
+    client = await app.connect()
+    for number in range(3):
+        await (await client.chat(model_id=f"mock/made-up-{number}")).events()
+    found = series((await (await client.ask("GET", "/metrics")).body()).decode())
+    assert len(labels(found, "model")) == 1
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": -1}, {"completion_tokens": 10**400}, {"prompt_tokens": "many"}]
+)
+async def test_token_counts_that_make_no_sense_spoil_neither_the_answer_nor_the_metrics(
+    usage: dict[str, object], service: StartService, upstream: StartUpstream
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.stream(
+            delta("Hi"), delta(finish_reason="stop"), event({"choices": [], "usage": usage}), DONE
+        )
+        await request.send(END)
+
+    provider = await upstream(script)
+    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hi"
+    assert (await app.log.request())["outcome"] == "done"
+    assert (await reply.event())["status"] == "done"
+    assert await app.metric("chat_tokens_total") == 0
+
+
+async def test_two_services_count_apart(service: StartService) -> None:
+    one, two = await service(), await service()
+    await (await one.chat()).events()
+    requests = 'chat_requests_total{outcome="done",route="/api/v1/chat"'
+    await one.log.request()
+    assert (await one.metric(requests), await two.metric(requests)) == (1, 0)
+
+
+async def test_metrics_off_removes_the_route(service: StartService) -> None:
+    app = await service(METRICS="off")
+    assert (await app.get("/metrics")).status == 404
