@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all check lock clean
+.PHONY: help run test test-all soak fuzz check lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -16,12 +16,18 @@ run: $(VENV)/run ## serve on 127.0.0.1:8000, with the settings in .env
 
 test: $(VENV)/dev ## the tests that need nothing but Python
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -m "not slow"
+	@$(BIN)/coverage run -m pytest -q -n 2 -m "not slow"
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
 test-all: $(VENV)/dev ## the tests that take real servers or many minutes
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -q -n 2 -m slow
+
+soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over three minutes
+	@$(BIN)/python -m tests.soak
+
+fuzz: $(VENV)/dev ## malformed requests for five minutes
+	@$(BIN)/python -m tests.fuzz
 
 check: $(VENV)/dev ## format, lint, types
 	@$(BIN)/ruff format --check .
