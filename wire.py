@@ -193,18 +193,17 @@ def refusal(
         problem = "The service's quota at the provider is used up. Its operator has to act."
         return errors.UpstreamUnavailable(problem, retryable=False)
     headers = headers or {}
+    wait = retry_after(headers, now)
     busy = status in (429, 503, 529) or bool(OVERLOADED.search(words))
     retryable = busy or status in (408, 409) or status >= 500
     if headers.get("x-should-retry") in ("true", "false"):
         retryable = headers["x-should-retry"] == "true"
     if busy:
-        return errors.UpstreamUnavailable(
-            "The provider is busy. Try again later.",
-            retryable=retryable,
-            retry_after=retry_after(headers, now),
-        )
+        problem = "The provider is busy. Try again later."
+        return errors.UpstreamUnavailable(problem, retryable=retryable, retry_after=wait)
     if retryable or status >= 500:
-        return errors.UpstreamError("The provider failed. Try again.", retryable=retryable)
+        problem = "The provider failed. Try again."
+        return errors.UpstreamError(problem, retryable=retryable, retry_after=wait)
     return errors.UpstreamError("The provider refused the request; the operator has to mend this.")
 
 
@@ -217,7 +216,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         (asked, float),
         (asked, lambda text: parsedate_to_datetime(text).timestamp() - now),
     ):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             if 0 < (seconds := read(text)) <= MAX_WAIT_SECONDS:
                 return seconds
     return None

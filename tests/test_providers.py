@@ -713,11 +713,12 @@ def test_a_refusal_is_told_by_its_code_its_words_and_its_status(
     assert error.retry_after is None
 
 
-def test_only_a_provider_that_is_busy_passes_on_how_long_to_wait() -> None:
+def test_how_long_to_wait_is_passed_on_where_waiting_helps() -> None:
     headers = {"retry-after": "2.2"}
     assert refusal(429, None, headers).retry_after == 2.2
     assert refusal(503, None, headers).detail().retry_after == 3
-    assert refusal(500, None, headers).retry_after is None
+    assert refusal(500, None, headers).retry_after == 2.2
+    assert refusal(400, None, headers).retry_after is None
     assert refusal(429, told(code="insufficient_quota"), headers).retry_after is None
 
 

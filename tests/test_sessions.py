@@ -3,6 +3,7 @@ and the service around it."""
 
 import ast
 import asyncio
+import json
 import logging
 import os
 import re
@@ -894,16 +895,13 @@ def fill(file: Path, sessions: int) -> None:
     """Sessions of two turns each, the first half of them expired at AT."""
     with other_connection(file) as db:
         db.execute("BEGIN")
+        turns = json.dumps([["Hi", "Hello", True, 0.0, 0.0]] * 2)
         db.executemany(
-            "INSERT INTO session (digest, owner, created_at, expires_at) VALUES (?, ?, ?, ?)",
+            "INSERT INTO session VALUES (NULL, ?, ?, 0.0, ?, ?)",
             (
-                (number.to_bytes(32), ME, 0.0, AT + number - sessions // 2)
+                (number.to_bytes(32), ME, AT + number - sessions // 2, turns)
                 for number in range(sessions)
             ),
-        )
-        db.execute(
-            "INSERT INTO turn SELECT incarnation, number, 'Hi', 'Hello', 1, 0, 0"
-            " FROM session, (SELECT 1 AS number UNION SELECT 2)"
         )
         db.execute("COMMIT")
 
