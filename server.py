@@ -147,7 +147,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end, a second one hurries it. uvicorn would remember them and
         end with the signal's status; this service ends with 0."""
-        if self.should_exit:
+        if self.should_exit and self.started:
             self._loop.call_soon_threadsafe(self._drain.hurry)
         self.should_exit = True
 
