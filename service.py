@@ -212,7 +212,8 @@ class Service:
         end = stream.end
         record.outcome = stream.outcome
         record.waited = stream.waited + stream.blocked
-        record.fields |= {"pieces": stream.pieces}
+        gap = round(stream.longest_gap * 1000, 1)
+        record.fields |= {"pieces": stream.pieces, "longest_gap_ms": gap}
         if isinstance(end, errors.InternalError):
             record.defect = end.__cause__ or end
         if isinstance(end, errors.ServiceError) and end.__cause__ is not None:
@@ -220,10 +221,9 @@ class Service:
         last = call.attempts[-1] if call.attempts else Attempt(record.fields["model_asked"])
         if isinstance(end, errors.ServiceError) and not isinstance(end, errors.OurError):
             last.error = end.code
-        name = last.model
-        provider, _, model = name.partition("/")
+        provider, _, model = last.model.partition("/")
         # A glob lets callers make up names, which must not become labels.
-        model = model if name in self.router.known else "other"
+        model = model if last.model in self.router.known else "other"
         attempts = [asdict(attempt) for attempt in call.attempts]
         record.fields |= {"provider": provider, "attempts": attempts}
         self.metrics.pieces.labels(provider, model).inc(stream.pieces)
