@@ -4,6 +4,7 @@ Nothing here knows what is served.
 """
 
 import asyncio
+import http.client
 import logging
 import re
 import socket
@@ -30,6 +31,25 @@ UPGRADE = re.compile(rb"\r\nupgrade:", re.I)
 CUT_SECONDS = 3.0
 # Longer than the 60 s for which load balancers keep an idle connection.
 KEEP_ALIVE_SECONDS = 75
+
+
+# Docker's and Kubernetes' probes have 30 s and 1 s unless told otherwise.
+PROBE_SECONDS = 2.0
+
+
+def probe(settings: Settings) -> str | None:
+    """What is wrong with the service that listens as `settings` say, in a line; None if it is
+    ready. To connect to 0.0.0.0 is to connect to this machine."""
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=PROBE_SECONDS)
+    allowed = settings.allowed_hosts[0].replace("*", "localhost")
+    try:
+        connection.request("GET", "/readyz", headers={"Host": allowed})
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return f"Nothing answers at {settings.host}:{settings.port}: {error}"
+    finally:
+        connection.close()
+    return None if status == 200 else f"Not ready: {settings.host}:{settings.port} answers {status}"
 
 
 def shutting_down() -> ShuttingDown:

@@ -3,6 +3,7 @@
 `create_app` is the one place where the parts meet; `main` runs it. Read this file first and last.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 import errors
+import pages
 import telemetry
 from chat import INTERNAL, End, EventStream, parse_request
 from providers import (
@@ -41,7 +43,7 @@ from providers import (
     make_providers,
 )
 from ratelimit import Caller, Limiter, Streams, by_address, find_key
-from server import Drain, Server, shutting_down
+from server import Drain, Server, probe, shutting_down
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, unknown_variables
 
@@ -51,6 +53,9 @@ UNKNOWN_PROXY = (
     "X-Forwarded-For comes from this machine and is not believed: all its users are one caller. If"
     " that is your proxy, set FORWARDED_ALLOW_IPS=127.0.0.1"
 )
+ABOUT = "A chat backend: POST /api/v1/chat in, one event stream out."
+SEE = "Everything is set in the environment or in .env; .env.example names and explains it."
+PROBE = "ask the service that runs with these settings whether it is ready, and end with 0 if it is"
 # More than any model's context; a provider's number beyond it is nonsense.
 MAX_TOKENS = 2**31
 SWEEP_SECONDS = 60.0
@@ -375,9 +380,12 @@ def create_app(
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", service.healthz),
         Route("/readyz", service.readyz),
+        pages.openapi_route(),
     ]
     if settings.metrics:
         routes.append(Route("/metrics", service.show_metrics))
+    if settings.playground:
+        routes.append(pages.page_route())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -426,11 +434,16 @@ def configure_logging(level: str) -> logging.Logger:
 
 def main() -> None:
     """Serve until told to stop. Ends with 2 where the settings are at fault."""
+    parser = argparse.ArgumentParser(prog="python -m service", description=ABOUT, epilog=SEE)
+    parser.add_argument("--probe", action="store_true", help=PROBE)
+    asked = parser.parse_args()
     given = {name: value for name, value in os.environ.items() if value.strip()}
     drain = Drain()
     try:
         file = {name: value or "" for name, value in dotenv_values(".env").items()}
         settings = from_env({**file, **given})
+        if asked.probe:
+            sys.exit(probe(settings))
         log = configure_logging(settings.log_level)
         app = create_app(settings, log, drain)
     except (SettingsError, UnicodeDecodeError) as error:

@@ -219,6 +219,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # Off removes /metrics.
     metrics: bool = True
+    # Off removes the page at /.
+    playground: bool = True
 
     @property
     def upstreams(self) -> tuple[Upstream, ...]:

@@ -1147,13 +1147,16 @@ Launch = Callable[..., Awaitable[Process]]
 
 
 @asynccontextmanager
-async def launched(directory: Path, env: dict[str, str], stdout: int) -> AsyncIterator[Process]:
+async def launched(
+    directory: Path, env: dict[str, str], stdout: int, *arguments: str
+) -> AsyncIterator[Process]:
     # Nothing of this process's own environment but what measures coverage.
     measured = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE")}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "service",
+        *arguments,
         cwd=directory,
         env={"PYTHONPATH": str(ROOT), "PORT": "0", **measured, **env},
         stdin=asyncio.subprocess.DEVNULL,
@@ -1172,8 +1175,8 @@ async def launched(directory: Path, env: dict[str, str], stdout: int) -> AsyncIt
 def launch(tmp_path: Path, stack: AsyncExitStack) -> Launch:
     """`await launch(PORT="80")` starts the service as a process, in `tmp_path`."""
 
-    async def start(stdout: int = asyncio.subprocess.PIPE, **env: str) -> Process:
-        return await stack.enter_async_context(launched(tmp_path, env, stdout))
+    async def start(*arguments: str, stdout: int = asyncio.subprocess.PIPE, **env: str) -> Process:
+        return await stack.enter_async_context(launched(tmp_path, env, stdout, *arguments))
 
     return start
 
@@ -1237,6 +1240,29 @@ async def test_a_port_that_is_taken_is_told_without_a_trace(launch: Launch) -> N
     assert len(told) == 1
     assert str(port) in told[0]
     assert "in use" in told[0]
+
+
+async def test_a_probe_asks_the_service_that_has_the_same_settings(launch: Launch) -> None:
+    serving = await launch(HOST="0.0.0.0", ALLOWED_HOSTS="*.example.com")
+    port = (await serving.url()).rpartition(":")[2]
+    probe = {"HOST": "0.0.0.0", "PORT": port}
+    assert await (await launch("--probe", ALLOWED_HOSTS="*.example.com", **probe)).ended() == (
+        0,
+        "",
+    )
+    told = f"Not ready: 0.0.0.0:{port} answers 400\n"
+    assert await (await launch("--probe", ALLOWED_HOSTS="other", **probe)).ended() == (1, told)
+    serving.process.terminate()
+    await serving.ended()
+    status, told = await (await launch("--probe", **probe)).ended()
+    assert (status, told.count("\n")) == (1, 1)
+    assert told.startswith(f"Nothing answers at 0.0.0.0:{port}: ")
+
+
+async def test_an_argument_that_is_unknown_is_refused(launch: Launch) -> None:
+    status, told = await (await launch("--port=80")).ended()
+    assert status == 2
+    assert "unrecognized arguments: --port=80" in told
 
 
 async def test_a_file_of_settings_is_read_and_the_environment_wins(
