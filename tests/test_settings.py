@@ -82,6 +82,7 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract() -> None:
         "drain_seconds": 20,
         "log_level": "info",
         "metrics": True,
+        "playground": True,
     }
 
 

@@ -311,6 +311,68 @@ async def test_a_turn_that_is_being_stored_is_stored(tmp_path: Path) -> None:
         assert service.turns() == [("Hel", True)]
 
 
+@pytest.mark.slow
+async def test_a_session_that_is_being_opened_is_given_back(tmp_path: Path) -> None:
+    async with process(silence, tmp_path, DRAIN_SECONDS="0.3") as service:
+        db = sqlite3.connect(service.file, isolation_level=None)
+        db.execute("BEGIN IMMEDIATE")
+        asking = asyncio.ensure_future((await service.connect()).chat(session_id="demo"))
+        other = await service.connect()
+        open_streams = b""
+        while b"chat_open_streams 1.0" not in open_streams:
+            open_streams = await (await other.ask("GET", "/metrics")).body()
+        await service.stopping()
+        db.execute("ROLLBACK")
+        db.close()
+        reply = await asking
+        assert (reply.status, reply.headers["connection"]) == (503, "close")
+        assert outcome((await ending(reply))[1]) == "shutting_down"
+        await service.ended()
+        assert (service.turns(), service.upstream.requests) == ([], [])
+
+
+@pytest.mark.slow
+async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
+    async def script(request: Connection) -> None:
+        if request.body["model"] == "gpt-4o-mini":
+            await request.send(response(500, b"{}"))
+        else:
+            await request.closed.wait()
+
+    env = {"DRAIN_SECONDS": "0.3", "FALLBACK_MODELS": "other,mock/echo"}
+    async with process(script, tmp_path, **env) as service:
+        asking = asyncio.ensure_future((await service.connect()).chat())
+        await service.upstream.request(1)
+        service.stop()
+        reply = await asking
+        assert reply.status == 503
+        assert outcome((await ending(reply))[1]) == "shutting_down"
+        await service.ended()
+        [line] = [each for each in service.lines if each["event"] == "request"]
+        made = [(each["model"], each["error"]) for each in line["attempts"]]
+        assert made == [("openai/gpt-4o-mini", "upstream_error"), ("openai/other", None)]
+
+
+@pytest.mark.slow
+async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_path: Path) -> None:
+    async with process(flood, tmp_path, DRAIN_SECONDS="0.3") as service:
+        client = service.held(await small_client(service.url))
+        client.writer.write(b"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n")
+        client.writer.write(b'content-type: application/json\r\n\r\n{"message":"x"}')
+        await service.upstream.request()
+
+        async def trickle() -> None:
+            while await client.reader.read(1):
+                await anyio.sleep(0.1)  # noqa: ASYNC110 - slowness is what is tried
+
+        reading = asyncio.ensure_future(trickle())
+        await service.stopping()
+        await service.ended()
+        reading.cancel()
+        [(text, complete)] = service.turns()
+        assert (len(text) > 0, complete) == (True, False)
+
+
 # ---- the drain by itself
 
 
