@@ -362,8 +362,8 @@ async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_pat
         await service.upstream.request()
 
         async def trickle() -> None:
-            while await client.reader.read(1):
-                await anyio.sleep(0.1)  # noqa: ASYNC110 - slowness is what is tried
+            while await client.reader.read(1):  # noqa: ASYNC110 - slowness is what is tried
+                await anyio.sleep(0.1)
 
         reading = asyncio.ensure_future(trickle())
         await service.stopping()
