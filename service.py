@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, cast
 
 import anyio
@@ -145,6 +146,7 @@ class Service:
             left = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
             record.headers.append((b"ratelimit", left.encode()))
             if not verdict.allowed:
+                self.metrics.refused.labels(caller.kind).inc()
                 problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
                 raise errors.RateLimited(problem, retry_after=verdict.wait)
         if bearer and key is None:
@@ -230,12 +232,16 @@ class Service:
         # A glob lets callers make up names, which must not become labels.
         model = model if last.model in self.router.known else "other"
         attempts = [asdict(attempt) for attempt in call.attempts]
+        for failed, following in pairwise(call.attempts):
+            kind = "retry" if failed.model == following.model else "failover"
+            self.metrics.again.labels(kind, failed.error).inc()
         record.fields |= {"provider": provider, "attempts": attempts}
         self.metrics.pieces.labels(provider, model).inc(stream.pieces)
         if stream.first_piece_at is not None:
             seconds = max(0.0, stream.first_piece_at - record.started)
             record.fields["first_piece_ms"] = round(seconds * 1000, 1)
             self.metrics.first_piece.observe(seconds)
+            self.metrics.gap.observe(stream.longest_gap)
         if isinstance(end, Completion):
             record.fields |= {"model": end.model, "finish_reason": end.finish_reason}
             for kind in ("prompt_tokens", "completion_tokens"):

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,8 +27,8 @@ REQUEST_ID = re.compile("[A-Za-z0-9._:+/=-]{1,128}")
 # W3C Trace Context, 3.2: version, trace id, parent id, flags.
 TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 PROBES = ("/healthz", "/readyz", "/metrics")
-# From a cached refusal to a long answer.
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# From a refusal to a long answer.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
 
 
 @dataclass
@@ -66,11 +66,17 @@ class Metrics:
         ended = ("route", "status", "outcome")
         self.requests = counter("chat_requests", "Requests, by how they ended", ended)
         self.duration = histogram("chat_request_seconds", "A request, to its end", ("route",))
+        self.own = histogram("chat_own_seconds", "What of a request was this service", ("route",))
         self.first_piece = histogram("chat_first_piece_seconds", "A request, to its first piece")
+        self.gap = histogram("chat_longest_gap_seconds", "The longest wait between two pieces")
+        again = ("kind", "error")
+        self.again = counter("chat_further_attempts", "A retry or failover, after an error", again)
+        self.refused = counter("chat_limiter_refusals", "Callers out of tokens", ("caller",))
         answered = ("provider", "model")
         self.pieces = counter("chat_pieces", "Pieces of text sent", answered)
         self.tokens = counter("chat_tokens", "Tokens, as providers count", (*answered, "kind"))
         self.open_streams = Gauge("chat_open_streams", "Answers open", registry=self.registry)
+        ProcessCollector(registry=self.registry)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ class RequestContext:
             outcome = "internal_error"
         self.metrics.requests.labels(route, record.status, outcome).inc()
         self.metrics.duration.labels(route).observe(seconds)
+        self.metrics.own.labels(route).observe(max(0.0, seconds - record.waited))
         fields = {
             "request_id": record.request_id,
             "method": scope["method"],

@@ -28,7 +28,7 @@ from telemetry import (
 )
 from tests.client import JSON
 from tests.conftest import Log, StartService, StartUpstream
-from tests.upstream import DONE, END, Connection, delta, event
+from tests.upstream import DONE, END, Connection, delta, event, response
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 FORMATTERS = pytest.mark.parametrize("formatter", [JSONFormatter(), TextFormatter()])
@@ -508,7 +508,9 @@ async def test_a_chat_leaves_these_numbers(service: StartService, upstream: Star
         'chat_requests_total{outcome="done",route="/api/v1/chat",status="200"}': 1,
         'chat_request_seconds_count{route="/api/v1/chat"}': 1,
         'chat_request_seconds_bucket{le="+Inf",route="/api/v1/chat"}': 1,
+        'chat_own_seconds_count{route="/api/v1/chat"}': 1,
         "chat_first_piece_seconds_count": 1,
+        "chat_longest_gap_seconds_count": 1,
         'chat_pieces_total{model="gpt-4o-mini",provider="openai"}': 2,
         'chat_tokens_total{kind="prompt_tokens",model="gpt-4o-mini",provider="openai"}': 1,
         'chat_tokens_total{kind="completion_tokens",model="gpt-4o-mini",provider="openai"}': 2,
@@ -516,6 +518,30 @@ async def test_a_chat_leaves_these_numbers(service: StartService, upstream: Star
     }
     assert {name: found.get(name) for name in expected} == expected
     assert 0 < found["chat_first_piece_seconds_sum"] < 60
+    assert len(series((await (await app.get("/metrics")).body()).decode(), "process_")) > 3
+
+
+async def test_retries_and_failovers_are_counted_by_the_error_before_them(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    async def script(request: Connection) -> None:
+        if request.body["model"] == "gpt-4o-mini":
+            await request.send(response(500, b"{}"))
+        elif len(provider.requests) == 2:
+            await request.send(response(429, b"{}", "retry-after-ms: 1"))
+        else:
+            await request.answer("Hello")
+
+    provider = await upstream(script)
+    env = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": provider.url, "FALLBACK_MODELS": "other"}
+    app = await service(**env)
+    await (await app.chat()).events()
+    await app.log.request()
+    found = series((await (await app.get("/metrics")).body()).decode(), "chat_further")
+    assert found == {
+        'chat_further_attempts_total{error="upstream_error",kind="failover"}': 1,
+        'chat_further_attempts_total{error="upstream_unavailable",kind="retry"}': 1,
+    }
 
 
 async def test_a_refusal_is_counted_by_its_code_and_has_no_first_piece(
@@ -527,6 +553,7 @@ async def test_a_refusal_is_counted_by_its_code_and_has_no_first_piece(
     requests = 'chat_requests_total{{outcome="{}",route="/api/v1/chat",status="{}"}}'
     assert await app.metric(requests.format("upstream_error", 502)) == 1
     assert await app.metric(requests.format("rate_limited", 429)) == 1
+    assert await app.metric('chat_limiter_refusals_total{caller="anonymous"}') == 1
     assert await app.metric("chat_first_piece_seconds_count") == 0
 
 
