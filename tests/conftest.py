@@ -15,7 +15,7 @@ from server import Drain, Server
 from service import create_app
 from settings import from_env
 from telemetry import JSONFormatter
-from tests.client import Client, Reply
+from tests.client import CANARY, Client, Reply
 from tests.upstream import Script, Upstream, running_upstream
 
 # Longer than anything that is waited for here takes on the slowest machine.
@@ -29,11 +29,13 @@ class Log(logging.Handler):
         super().__init__()
         self.setFormatter(JSONFormatter())
         self.lines: list[str] = []
+        self.leaked = False
         self._grown = asyncio.Condition()
         self._told: set[asyncio.Task[None]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(self.format(record))
+        self.leaked |= CANARY in self.lines[-1]
         task = asyncio.get_running_loop().create_task(self._tell())
         self._told.add(task)
         task.add_done_callback(self._told.discard)
@@ -110,6 +112,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
             await asyncio.wait(set(server.server_state.tasks))
         await server.lifespan.shutdown()
         await _end(asyncio.all_tasks() - before)
+        assert not handler.leaked
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:

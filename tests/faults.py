@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.lowlevel import checkpoint
 
-from tests.client import Client, Reply
+from tests.client import CANARY, Client, Reply
 from tests.conftest import PATIENCE_SECONDS, Running, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
@@ -34,7 +34,7 @@ STATUS = {
 def settings(url: str) -> dict[str, str]:
     """One provider at `url`, asked once, and no limit in the way."""
     return {
-        "OPENAI_API_KEY": "sk-test-0123456789abcdef",
+        "OPENAI_API_KEY": CANARY,
         "OPENAI_BASE_URL": url,
         "RATE_LIMIT": "off",
         "MAX_RETRIES": "0",

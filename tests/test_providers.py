@@ -39,7 +39,7 @@ from providers import (
     make_providers,
 )
 from settings import SettingsError, from_env
-from tests.client import Reply
+from tests.client import CANARY, Reply
 from tests.conftest import Running, StartService, StartUpstream
 from tests.upstream import (
     DONE,
@@ -54,7 +54,7 @@ from tests.upstream import (
 )
 from wire import MAX_EVENT_BYTES, ChunkReader, SSEDecoder, refusal, retry_after
 
-KEY = "sk-test-0123456789abcdef"
+KEY = CANARY
 BOM = b"\xef\xbb\xbf"
 # One failure is to be one request: what a retry does is not tested here.
 QUIET = {"RATE_LIMIT": "off", "MAX_RETRIES": "0"}

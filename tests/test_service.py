@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from providers import Call, LLMProvider, Message, Pieces
-from tests.client import JSON, Client, Reply
+from tests.client import CANARY, JSON, Client, Reply
 from tests.conftest import Running, StartService, StartUpstream
 from tests.upstream import (
     DONE,
@@ -39,7 +39,7 @@ NEVER = "3600"
 def openai(url: str, **more: str) -> dict[str, str]:
     """The settings of a service that has one provider, at `url`."""
     return {
-        "OPENAI_API_KEY": "sk-test-0123456789abcdef",
+        "OPENAI_API_KEY": CANARY,
         "OPENAI_BASE_URL": url,
         "MAX_RETRIES": "0",
         **more,
