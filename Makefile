@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all soak fuzz check lock clean
+.PHONY: help run test test-all soak fuzz check audit docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,14 +34,22 @@ check: $(VENV)/dev ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy .
 
+audit: $(VENV)-audit/ready ## ask for known weaknesses of the locked packages; write sbom.cdx.json
+	@$(VENV)-audit/bin/python -m tools.audit
+
+docs: $(VENV)/dev ## write the tables of the README that come from the code
+	@$(BIN)/python -m tools.dependencies
+
 lock: ## write requirements*.txt anew from pyproject.toml; needs uv
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url pyproject.toml -o requirements.txt
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --group test --group check -c requirements.txt -o requirements-dev.txt
+	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --group audit -o requirements-audit.txt
 
 clean: ## remove what the commands above made
-	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit sbom.cdx.json .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Each stamp is newer than its lock file once that is installed; a second call finds nothing to do.
 $(VENV)/run: requirements.txt
@@ -49,6 +57,11 @@ $(VENV)/run: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked requirements into $(VENV) ..."
 	@$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)-audit/ready: requirements-audit.txt
+	@$(PYTHON) -m venv $(VENV)-audit
+	@$(VENV)-audit/bin/python -m pip install --quiet --require-hashes -r requirements-audit.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
