@@ -94,6 +94,15 @@ class ServiceError(Exception):
         if retryable is not None:
             self.retryable = retryable
 
+    @property
+    def cause(self) -> str | None:
+        """For the log: the class of what it came from in the end, such as ConnectionRefusedError.
+        Not its text, which may quote anything."""
+        cause = self.__cause__
+        while cause is not None and cause.__cause__ is not None:
+            cause = cause.__cause__
+        return None if cause is None else type(cause).__name__
+
     def detail(self) -> ErrorDetail:
         wait = None if self.retry_after is None else math.ceil(self.retry_after)
         return ErrorDetail(

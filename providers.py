@@ -55,12 +55,13 @@ Pieces = AsyncGenerator[Batch | Completion, None]
 @dataclass
 class Attempt:
     """One request to one provider, and what came of it: the provider's status, its own id for the
-    request, the code of our error."""
+    request, the code and the cause of our error."""
 
     model: str
     status: int | None = None
     provider_request_id: str | None = None
     error: str | None = None
+    cause: str | None = None
 
 
 @dataclass(frozen=True)
@@ -407,7 +408,7 @@ async def answer(
                 async for batch in batches:
                     yield batch
                 return
-        attempt.error = failure.code
+        attempt.error, attempt.cause = failure.code, failure.cause
         if retries < 0:
             continue
         wait = backoff(retries) if failure.retry_after is None else failure.retry_after

@@ -223,11 +223,11 @@ class Service:
         record.fields |= {"pieces": stream.pieces, "longest_gap_ms": gap}
         if isinstance(end, errors.InternalError):
             record.defect = end.__cause__ or end
-        if isinstance(end, errors.ServiceError) and end.__cause__ is not None:
-            record.fields["cause"] = type(end.__cause__).__name__
         last = call.attempts[-1] if call.attempts else Attempt(record.fields["model_asked"])
         if isinstance(end, errors.ServiceError) and not isinstance(end, errors.OurError):
-            last.error = end.code
+            last.error, last.cause = end.code, end.cause
+        elif isinstance(end, errors.ServiceError) and end.cause:
+            record.fields["cause"] = end.cause
         provider, _, model = last.model.partition("/")
         # A glob lets callers make up names, which must not become labels.
         model = model if last.model in self.router.known else "other"
@@ -321,8 +321,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     else:
         told = errors.InternalError(INTERNAL)
     record.outcome = record.outcome or told.code
-    if told.__cause__ is not None:
-        record.fields["cause"] = type(told.__cause__).__name__
+    if told.cause and "attempts" not in record.fields:
+        record.fields["cause"] = told.cause
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **told.headers}
     detail = told.detail()
     if detail.retry_after is not None:

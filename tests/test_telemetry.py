@@ -4,6 +4,7 @@ labels nobody can invent; and what none of them ever holds."""
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -315,6 +316,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
                 "status": 200,
                 "provider_request_id": "up_1",
                 "error": None,
+                "cause": None,
             }
         ],
         "pieces": 2,
@@ -325,6 +327,18 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
     assert provider.requests[0].headers["traceparent"] == TRACEPARENT
     for secret in ("Sesame", "Hel", "my-session", key, "127.0.0.1"):
         assert secret not in app.log.lines[-1]
+
+
+async def test_a_line_says_why_each_attempt_failed_in_the_end(service: StartService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+    app = await service(
+        OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=url, MAX_RETRIES="0", FALLBACK_MODELS="mock/error"
+    )
+    await (await app.chat()).body()
+    line = await app.log.request()
+    causes = [attempt["cause"] for attempt in line["attempts"]]
+    assert causes == ["ConnectionRefusedError", None]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
