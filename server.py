@@ -109,17 +109,33 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, with a way to cut a client that does not read."""
 
     _running: RequestResponseCycle | None = None
+    # Between two requests, where what comes next is a head.
+    _between = True
+    _deaf = False
 
     def data_received(self, data: bytes) -> None:
-        # llhttp leaves what follows a wish to upgrade to the new protocol, so the body of a POST
-        # by Java's client or `curl --http2` would be lost. None is granted, so none is asked.
-        head, end, body = data.partition(b"\r\n\r\n")
-        super().data_received(UPGRADE.sub(b"\r\nx-upgrade:", head) + end + body)
+        # httptools leaves what follows a wish to upgrade to the new protocol, so the body of a POST
+        # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only a
+        # whole head is touched: a byte more in a body would make its end the next request.
+        head, end, rest = data.partition(b"\r\n\r\n")
+        if self._between and end:
+            data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        if not self._deaf:
+            super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._between = False
         # ASGI calls extensions dictionaries; this one is a function.
         self.scope["extensions"] = {ABORT: cast(Any, partial(cut, self.transport))}
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._between = True
+        if self.parser.should_upgrade():
+            # The head came in parts. Its body was passed over and is not the next request.
+            self._deaf = True
+            self.cycle.keep_alive = False
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle

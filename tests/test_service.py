@@ -915,6 +915,40 @@ async def test_an_upgrade_is_not_taken_and_the_request_answered(
     assert (await exchange(app, request_)).startswith(b"HTTP/1.1 %b " % status)
 
 
+NEXT = b"GET /next HTTP/1.1\r\nHost: localhost\r\n\r\n "
+
+
+async def test_a_body_that_speaks_of_upgrades_is_not_read_on_as_the_next_request(
+    service: StartService,
+) -> None:
+    app = await service()
+    client = await app.connect()
+    # Two bytes more for each line would push all of NEXT out of the body.
+    body = b"\r\nupgrade:" * (len(NEXT) // 2) + NEXT
+    length = f"Content-Length: {len(body)}"
+    head = raw("POST", CHAT, "Expect: 100-continue", "Content-Type: application/json", length)
+    client.writer.write(head)
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.writer.write(body + raw("GET", "/healthz", "Connection: close"))
+    assert (await client.reader.read()).endswith(b'{"status":"ok"}')
+    assert [line["route"] for line in app.log.requests()] == [CHAT, "/healthz"]
+
+
+async def test_what_follows_a_wish_to_upgrade_is_not_read_as_the_next_request(
+    service: StartService,
+) -> None:
+    app = await service()
+    client = await app.connect()
+    body = NEXT * 2
+    wish = raw("POST", CHAT, "Connection: Upgrade", "Upgrade: h2c", f"Content-Length: {len(body)}")
+    client.writer.write(raw("GET", "/healthz") + wish[:30])
+    await client.reader.readuntil(b'{"status":"ok"}')
+    client.writer.write(wish[30:])
+    client.writer.write(body)
+    assert b"\r\nconnection: close\r\n" in await client.reader.read()
+    assert [line["route"] for line in app.log.requests()] == ["/healthz", CHAT]
+
+
 async def test_a_client_of_http_1_0_gets_its_answer(relay: Relay) -> None:
     app, _ = await relay(hello)
     answered = await exchange(app, raw("POST", CHAT, body=HELLO).replace(b"1.1", b"1.0"))
