@@ -115,8 +115,8 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         # httptools leaves what follows a wish to upgrade to the new protocol, so the body of a POST
-        # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only a
-        # whole head is touched: a byte more in a body would make its end the next request.
+        # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only
+        # a whole head is touched: a byte more in a body would make its end the next request.
         head, end, rest = data.partition(b"\r\n\r\n")
         if self._between and end:
             data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
