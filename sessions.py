@@ -283,8 +283,9 @@ class SQLiteStore(SessionStore):
         expired = [row for row in rows if row[0] not in self._busy]
         with self._transaction():
             self._db.executemany("DELETE FROM session WHERE incarnation = ?", expired)
-        # Gives the freed pages back to the file system.
-        self._db.executescript("PRAGMA incremental_vacuum")
+        # Gives the freed pages back to the file system, and with the journal the last copies of
+        # what was deleted.
+        self._db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
         return len(expired)
 
     @contextmanager
