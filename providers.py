@@ -214,6 +214,16 @@ def upstream_errors() -> Iterator[None]:
         raise errors.UpstreamError(problem, retryable=True) from error
 
 
+class Response(aiohttp.ClientResponse):
+    """One without a reason phrase: nobody reads it, and httpx-aiohttp fails, with the connection
+    left open, at one that is not UTF-8."""
+
+    async def start(self, connection: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        await super().start(connection)
+        self.reason = None
+        return self
+
+
 def http_client(url: str, settings: Settings) -> httpx.AsyncClient:
     """A client for one provider: a connection for each stream, no cookies (one caller's would go
     out with the next caller's request), no redirects (they would carry the key elsewhere), and the
@@ -237,7 +247,10 @@ def http_client(url: str, settings: Settings) -> httpx.AsyncClient:
         connector = aiohttp.TCPConnector(
             limit=settings.max_streams, ssl=tls, keepalive_timeout=KEEP_ALIVE_SECONDS
         )
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        cookies = aiohttp.DummyCookieJar()
+        return aiohttp.ClientSession(
+            connector=connector, cookie_jar=cookies, response_class=Response
+        )
 
     transport = AiohttpTransport(verify=tls, client=session, proxy=through)
     # Every other limit in time is the caller's, and is kept by whoever waits for the pieces.

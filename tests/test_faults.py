@@ -220,6 +220,7 @@ STREAMS: dict[str, Fault] = {
     "nested_too_deep": broken(json_event("[" * 10_000 + "]" * 10_000)),
     "a_list": broken(json_event("[1]")),
     "a_number": broken(json_event("1")),
+    "a_string": broken(json_event('"Hello"')),
     "null": broken(json_event("null")),
     "choices_of_numbers": broken(json_event('{"choices":[1]}')),
     "choices_an_object": broken(json_event('{"choices":{"index":0}}')),
@@ -389,6 +390,9 @@ ANSWERS: dict[str, Fault] = {
         *NONSENSE, 200, gzip.compress(delta("Hi") + DONE), EVENTS, "content-encoding: gzip"
     ),
     "a_redirect": refused(*NONSENSE, 307, b"", "location: /v1/elsewhere"),
+    "a_reason_that_is_not_text": Fault(
+        send_and_wait(HEAD.replace(b"OK", b"\xff"), chunks(FINISH, DONE)), "done"
+    ),
     "a_chunk_size_that_is_none": Fault(send_and_wait(HEAD, b"zz\r\n"), *FAILED),
     "switching_protocols": Fault(
         send(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"),
@@ -433,6 +437,7 @@ ANSWERS: dict[str, Fault] = {
 }
 QUICK_ANSWERS = {
     "a_whole_completion",
+    "a_reason_that_is_not_text",
     "gzip_unasked",
     "401",
     "408",
