@@ -22,7 +22,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from errors import ServiceError, ShuttingDown
-from settings import Settings
+from settings import Settings, SettingsError
 
 # The ASGI extension by which this server lends the way to cut a connection.
 ABORT = "chat_sidecar.abort"
@@ -31,8 +31,12 @@ UPGRADE = re.compile(rb"\r\nupgrade:", re.I)
 CUT_SECONDS = 3.0
 # Longer than the 60 s for which load balancers keep an idle connection.
 KEEP_ALIVE_SECONDS = 75
-
-
+# A head is a few kilobytes, cookies and all; h11 allows as much.
+MAX_UNTAKEN_BYTES = 2**16
+# Requests that wait behind an answer; each costs a hundred times its bytes.
+MAX_WAITING = 16
+# Connections that the kernel keeps until they are taken; uvicorn's own number.
+BACKLOG = 2048
 # Docker's and Kubernetes' probes have 30 s and 1 s unless told otherwise.
 PROBE_SECONDS = 2.0
 
@@ -50,6 +54,17 @@ def probe(settings: Settings) -> str | None:
     finally:
         connection.close()
     return None if status == 200 else f"Not ready: {settings.host}:{settings.port} answers {status}"
+
+
+def listen(settings: Settings) -> list[socket.socket]:
+    """A socket for each address of HOST. Raises SettingsError where it can't be had."""
+    host, port = settings.host, settings.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return [socket.create_server(at, family=kind, backlog=BACKLOG) for kind, *_, at in found]
+    except OSError as error:
+        problem = f"HOST={host!r}, PORT={port}: {error.strerror}"
+        raise SettingsError(f"{problem}. Set another, or stop what listens there") from None
 
 
 def shutting_down() -> ShuttingDown:
@@ -112,8 +127,11 @@ class Protocol(HttpToolsProtocol):
     # Between two requests, where what comes next is a head.
     _between = True
     _deaf = False
+    # Bytes that no request has taken: of a head, its trailers, of what waits behind an answer.
+    _untaken = 0
 
     def data_received(self, data: bytes) -> None:
+        self._untaken += len(data)
         # httptools leaves what follows a wish to upgrade to the new protocol, so the body of a POST
         # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only
         # a whole head is touched: a byte more in a body would make its end the next request.
@@ -122,12 +140,26 @@ class Protocol(HttpToolsProtocol):
             data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         if not self._deaf:
             super().data_received(data)
+        if self._untaken > MAX_UNTAKEN_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of this request is too large.")
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_WAITING:
+            raise OverflowError
         super().on_message_begin()
         self._between = False
         # ASGI calls extensions dictionaries; this one is a function.
         self.scope["extensions"] = {ABORT: cast(Any, partial(cut, self.transport))}
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        # What follows are trailers, which must not pass for headers (RFC 9110, 6.5.1).
+        self.headers = []
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle is self._running:
+            self._untaken = 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -139,7 +171,16 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        self._untaken = 0
         super()._start_asgi_task(cycle, app)
+
+    def send_400_response(self, msg: str) -> None:
+        running = self._running
+        if running and running.response_started and not running.response_complete:
+            # In the middle of an answer there is no place for another.
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         # Of pipelined requests uvicorn tells only the newest; it is the oldest that is answered.

@@ -44,7 +44,7 @@ from providers import (
     make_providers,
 )
 from ratelimit import Caller, Limiter, Streams, by_address, find_key
-from server import Drain, Server, probe, shutting_down
+from server import Drain, Server, listen, probe, shutting_down
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, unknown_variables
 
@@ -439,7 +439,7 @@ def configure_logging(level: str) -> logging.Logger:
 
 
 def main() -> None:
-    """Serve until told to stop. Ends with 2 where the settings are at fault."""
+    """Serve until told to stop. Ends with 2 where the settings, or the port, are at fault."""
     parser = argparse.ArgumentParser(prog="python -m service", description=ABOUT, epilog=SEE)
     parser.add_argument("--probe", action="store_true", help=PROBE)
     asked = parser.parse_args()
@@ -451,6 +451,7 @@ def main() -> None:
         if asked.probe:
             sys.exit(probe(settings))
         log = configure_logging(settings.log_level)
+        listeners = listen(settings)
         app = create_app(settings, log, drain)
     except (SettingsError, UnicodeDecodeError) as error:
         reason = error if isinstance(error, SettingsError) else ".env is not text in UTF-8"
@@ -460,7 +461,7 @@ def main() -> None:
         log.warning(warning)
     if settings.default_provider_name == "mock":
         log.warning("NO MODEL ANSWERS: set OPENAI_API_KEY in .env. Until then a mock does.")
-    Server(app, settings, log, drain).run()
+    Server(app, settings, log, drain).run(listeners)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -199,6 +199,68 @@ async def test_a_client_that_leaves_in_its_body_is_gone() -> None:
         await play.nothing_held()
 
 
+# ---- more than a request
+
+TRAILERS = (
+    raw(b"").replace(b"content-length: 0", b"transfer-encoding: chunked") + b"1\r\n{\r\n0\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        pytest.param(b"GET /", id="target"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\nx: ", id="header"),
+        pytest.param(TRAILERS + b"x: ", id="trailer", marks=slow),
+    ],
+)
+async def test_a_head_that_does_not_end_is_refused(opening: bytes) -> None:
+    async with scene(answer) as play:
+        client = await play.app.connect()
+        client.writer.write(opening)
+        await play.app.get("/healthz")
+        client.writer.write(b"x" * (2**16 + 1))
+        told = await client.reader.read()
+        assert told.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert told.endswith(b"The head of this request is too large.")
+        assert play.upstream.requests == []
+        await play.nothing_held()
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        pytest.param(b"GET /healthz HTTP/1.1\r\n\r\n" * 17, id="requests"),
+        pytest.param(raw(b"x" * 2**18), id="a_body", marks=slow),
+        pytest.param(b"Hello?\r\n\r\n", id="no_request", marks=slow),
+    ],
+)
+async def test_of_too_much_behind_an_answer_nothing_is_told_in_its_middle(behind: bytes) -> None:
+    async with scene(hello, HEARTBEAT_SECONDS="0.1") as play:
+        client = await play.app.connect()
+        client.writer.write(raw())
+        reply = await client.head()
+        assert (await reply.event())["chunk"] == "Hel"
+        client.writer.write(behind)
+        with suppress(ConnectionError):
+            assert b"HTTP" not in await client.reader.read()
+        assert (await play.line())["outcome"] == "client_gone"
+        await play.upstreams_closed()
+        assert await play.history() == [("Hel", False)]
+        await play.nothing_held()
+
+
+async def test_trailers_are_no_headers() -> None:
+    # Or one behind a trusted proxy could name the address by which it is limited.
+    async with scene(answer, FORWARDED_ALLOW_IPS="127.0.0.1") as play:
+        client = await play.app.connect()
+        head = raw(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
+        body = b"%x\r\n%b\r\n0\r\n" % (len(CHAT), CHAT)
+        client.writer.write(head + body + b"x-forwarded-for: 9.9.9.9\r\n\r\n")
+        assert outcome((await ending(await client.head()))[1]) == "done"
+        assert (await play.line())["caller"] == "127.0.0.0/24"
+
+
 # ---- the session's lock, and its store
 
 
@@ -300,6 +362,21 @@ async def test_a_turn_is_kept_whole_when_its_client_leaves_while_it_is_stored(fi
             await client.closed()
         assert (await play.line())["outcome"] == "client_gone"
         assert await play.history() == [("Hel", True)]
+        await play.nothing_held()
+
+
+async def test_a_client_that_leaves_while_its_session_is_opened_gives_it_back(file: Path) -> None:
+    async with scene(silence, STATE_URL=f"sqlite:///{file}") as play:
+        client = await play.app.connect()
+        with held(file):
+            client.writer.write(raw())
+            while not await play.app.metric("chat_open_streams"):
+                pass
+            client.leave()
+            await client.closed()
+        assert (await play.line())["outcome"] == "client_gone"
+        await play.upstreams_closed()
+        assert await play.history() == []
         await play.nothing_held()
 
 

@@ -36,6 +36,10 @@ from tests.upstream import (
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
+CHAT = (
+    b"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n"
+    b'content-type: application/json\r\n\r\n{"message":"x"}'
+)
 
 
 @dataclass
@@ -277,8 +281,7 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
 async def test_a_client_that_never_reads_is_cut_in_the_end(tmp_path: Path) -> None:
     async with process(flood, tmp_path, DRAIN_SECONDS="0.3") as service:
         client = service.held(await small_client(service.url))
-        client.writer.write(b"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n")
-        client.writer.write(b'content-type: application/json\r\n\r\n{"message":"x"}')
+        client.writer.write(CHAT)
         await service.upstream.request()
         await service.stopping()
         await service.ended()
@@ -357,8 +360,7 @@ async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
 async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_path: Path) -> None:
     async with process(flood, tmp_path, DRAIN_SECONDS="0.3") as service:
         client = service.held(await small_client(service.url))
-        client.writer.write(b"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n")
-        client.writer.write(b'content-type: application/json\r\n\r\n{"message":"x"}')
+        client.writer.write(CHAT)
         await service.upstream.request()
 
         async def trickle() -> None:
@@ -371,6 +373,45 @@ async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_pat
         reading.cancel()
         [(text, complete)] = service.turns()
         assert (len(text) > 0, complete) == (True, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", [silence, hello], ids=["before_its_first_piece", "in_the_middle"]
+)
+async def test_a_request_behind_an_answer_has_the_status_503(
+    script: Script, tmp_path: Path
+) -> None:
+    async with process(script, tmp_path, DRAIN_SECONDS="0.3") as service:
+        client = await service.connect()
+        client.writer.write(CHAT * 2)
+        await service.upstream.request()
+        if script is hello:
+            assert (await (await client.head()).event())["chunk"] == "Hel"
+        await service.stopping()
+        told = await client.reader.read()
+        await service.ended()
+        # Whoever is told to close the connection asks again on another.
+        answers = 2 if script is hello else 1
+        assert told.count(b'"code":"shutting_down"') == answers
+        assert told.count(b"HTTP/1.1 503 ") == 1
+        assert service.outcomes() == ["shutting_down"] * answers
+        assert len(service.upstream.requests) == 1
+
+
+@pytest.mark.slow
+async def test_a_turn_that_can_not_be_stored_in_the_end_is_told(tmp_path: Path) -> None:
+    async with process(hello, tmp_path, DRAIN_SECONDS="0.3") as service:
+        reply = await (await service.connect()).chat()
+        assert (await reply.event())["chunk"] == "Hel"
+        db = sqlite3.connect(service.file, isolation_level=None)
+        db.execute("BEGIN IMMEDIATE")
+        await service.stopping()
+        assert outcome((await ending(reply))[1]) == "state_unavailable"
+        await service.ended()
+        db.close()
+        assert service.turns() == []
+        assert service.outcomes() == ["state_unavailable"]
 
 
 # ---- the drain by itself
