@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all soak fuzz check audit docs lock clean
+.PHONY: help run test test-all soak fuzz check audit openapi docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -20,7 +20,7 @@ test: $(VENV)/dev ## the tests that need nothing but Python
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-test-all: $(VENV)/dev ## the tests that take real servers or many minutes
+test-all: $(VENV)/all ## the tests that take real servers or many minutes
 	@$(BIN)/python -m pytest -q -n 2 -m slow
 
 soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over three minutes
@@ -37,6 +37,9 @@ check: $(VENV)/dev ## format, lint, types
 audit: $(VENV)-audit/ready ## ask for known weaknesses of the locked packages; write sbom.cdx.json
 	@$(VENV)-audit/bin/python -m tools.audit
 
+openapi: $(VENV)/dev ## write static/openapi.json from the models
+	@$(BIN)/python -m tools.openapi
+
 docs: $(VENV)/dev ## write the tables of the README that come from the code
 	@$(BIN)/python -m tools.dependencies
 
@@ -45,6 +48,9 @@ lock: ## write requirements*.txt anew from pyproject.toml; needs uv
 		--no-emit-index-url pyproject.toml -o requirements.txt
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --group test --group check -c requirements.txt -o requirements-dev.txt
+	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --group test-all -c requirements.txt -c requirements-dev.txt \
+		-o requirements-test-all.txt
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --group audit -o requirements-audit.txt
 
@@ -67,4 +73,9 @@ $(VENV)-audit/ready: requirements-audit.txt
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	@echo "Installing the test tools ..."
 	@$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/all: $(VENV)/dev requirements-test-all.txt
+	@echo "Installing what more test-all needs ..."
+	@$(INSTALL) -r requirements-test-all.txt
 	@touch $@
