@@ -136,8 +136,9 @@ class OpenAIProvider(LLMProvider):
         with upstream_errors():
             response = await self._client.send(request, stream=True)
         try:
-            call.attempts[-1].status = response.status_code
-            call.attempts[-1].provider_request_id = response.headers.get("x-request-id")
+            attempt = call.attempts[-1]
+            attempt.status = response.status_code
+            attempt.provider_request_id = response.headers.get("x-request-id", "")[:128] or None
             with upstream_errors():
                 await _check(response)
                 async with aclosing(self._read(response, reader)) as batches:

@@ -136,7 +136,7 @@ class Service:
         key = find_key(presented.strip(), self.settings.api_keys) if bearer else None
         # A wrong key is charged to its address, or guessing would be free; a right one never is.
         caller = key or address
-        record.fields["caller"] = key.name if key else telemetry.short_address(address.name)
+        record.fields |= {"caller": key.name} if key else {}
         limiter = self.limiters.get(caller.kind)
         if limiter is not None:
             verdict = await limiter.take(caller)
@@ -170,7 +170,7 @@ class Service:
             raise errors.UnsupportedMediaType(problem)
         limit, seconds = self.settings.max_body_bytes, self.settings.body_timeout_seconds
         body = bytearray()
-        received = 0
+        received, began = 0, time.monotonic()
         waiting = anyio.move_on_after(seconds)
         with waiting, self.drain.under_way(lambda error: waiting.cancel()):
             async for part in request.stream():
@@ -179,6 +179,7 @@ class Service:
                     body += part
                 elif received > MAX_REFUSED_BYTES:
                     break
+        telemetry.record_of(request.scope).waited = time.monotonic() - began
         refused: errors.ServiceError
         if received > limit:
             refused = errors.BodyTooLarge(f"The body may have {limit} bytes.")
@@ -218,7 +219,7 @@ class Service:
         """What log and metrics say of an answer, once it has ended."""
         end = stream.end
         record.outcome = stream.outcome
-        record.waited = stream.waited + stream.blocked
+        record.waited += stream.waited + stream.blocked
         gap = round(stream.longest_gap * 1000, 1)
         record.fields |= {"pieces": stream.pieces, "longest_gap_ms": gap}
         if isinstance(end, errors.InternalError):
@@ -243,7 +244,8 @@ class Service:
             self.metrics.first_piece.observe(seconds)
             self.metrics.gap.observe(stream.longest_gap)
         if isinstance(end, Completion):
-            record.fields |= {"model": end.model, "finish_reason": end.finish_reason}
+            record.fields["model"] = telemetry.name(end.model)
+            record.fields["finish_reason"] = telemetry.name(end.finish_reason)
             for kind in ("prompt_tokens", "completion_tokens"):
                 count = (end.usage or {}).get(kind)
                 if isinstance(count, int) and 0 <= count < MAX_TOKENS:
@@ -335,7 +337,8 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """The client left while it sent its request: nobody reads this answer."""
-    telemetry.record_of(request.scope).outcome = "client_gone"
+    record = telemetry.record_of(request.scope)
+    record.outcome, record.waited = "client_gone", time.monotonic() - record.started
     return Response(status_code=400)
 
 

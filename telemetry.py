@@ -27,8 +27,11 @@ REQUEST_ID = re.compile("[A-Za-z0-9._:+/=-]{1,128}")
 # W3C Trace Context, 3.2: version, trace id, parent id, flags.
 TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 PROBES = ("/healthz", "/readyz", "/metrics")
+# In JSON a field that is null, and the quotes around a word; those of a text are escaped, or have
+# something else beside them.
+UNNEEDED = re.compile(r' "\w+"=null|(?<!\\)"([A-Za-z0-9._:/+@-]+)"')
 # From a refusal to a long answer.
-SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 30, 60, 120, 600)
 
 
 @dataclass
@@ -63,14 +66,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
-        ended = ("route", "status", "outcome")
-        self.requests = counter("chat_requests", "Requests, by how they ended", ended)
+        self.requests = counter("chat_requests", "Requests ended", ("route", "status", "outcome"))
         self.duration = histogram("chat_request_seconds", "A request, to its end", ("route",))
         self.own = histogram("chat_own_seconds", "What of a request was this service", ("route",))
         self.first_piece = histogram("chat_first_piece_seconds", "A request, to its first piece")
         self.gap = histogram("chat_longest_gap_seconds", "The longest wait between two pieces")
-        again = ("kind", "error")
-        self.again = counter("chat_further_attempts", "A retry or failover, after an error", again)
+        self.again = counter("chat_further_attempts", "Retries, failovers", ("kind", "error"))
         self.refused = counter("chat_limiter_refusals", "Callers out of tokens", ("caller",))
         answered = ("provider", "model")
         self.pieces = counter("chat_pieces", "Pieces of text sent", answered)
@@ -124,18 +125,20 @@ class RequestContext:
         outcome = record.outcome or ("done" if (record.status or 500) < 400 else "refused")
         if record.defect:
             outcome = "internal_error"
-        self.metrics.requests.labels(route, record.status, outcome).inc()
+        self.metrics.requests.labels(route, record.status or "none", outcome).inc()
         self.metrics.duration.labels(route).observe(seconds)
-        self.metrics.own.labels(route).observe(max(0.0, seconds - record.waited))
+        own = max(0.0, seconds - record.waited)
+        self.metrics.own.labels(route).observe(own)
         fields = {
-            "request_id": record.request_id,
             "method": scope["method"],
             "route": route,
             "status": record.status,
             "outcome": outcome,
             "ms": round(seconds * 1000, 1),
-            "own_ms": round((seconds - record.waited) * 1000, 1),
+            "own_ms": round(own * 1000, 1),
+            "caller": short_address(scope["client"][0] if scope["client"] else ""),
             **record.fields,
+            "request_id": record.request_id,
         }
         if record.traceparent:
             fields["trace_id"] = record.traceparent[3:35]
@@ -146,11 +149,12 @@ class RequestContext:
 
 
 def short_address(host: str) -> str:
-    """An address, or a network, as the log may hold it: its /24 or /48."""
+    """An address as the log may hold it: its /24 or /48."""
     try:
-        address = ipaddress.ip_address(host.partition("/")[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
         return "unknown"
+    address = getattr(address, "ipv4_mapped", None) or address
     prefix = 24 if address.version == 4 else 48
     return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
 
@@ -160,30 +164,41 @@ def short_hash(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
+def name(told: str | None) -> str | None:
+    """A stranger's name for something, as the log may hold it: what looks like a text is none."""
+    return told if re.fullmatch("[!-~]{1,128}", told or "") else None
+
+
+def told_by(record: logging.LogRecord) -> dict[str, Any]:
+    """All that a log record tells, by name."""
+    moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    told = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+    told |= getattr(record, "fields", {})
+    if record.exc_info and record.exc_info[1] is not None:
+        told["trace"] = _trace(record.exc_info[1])
+    return told
+
+
 class JSONFormatter(logging.Formatter):
     """One JSON object a line. JSON escapes every control character and, in ASCII, every character
     that could redraw a terminal, so no value can begin a line or hide one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        entry = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
-        entry |= getattr(record, "fields", {})
-        if record.exc_info and record.exc_info[1] is not None:
-            entry["trace"] = _trace(record.exc_info[1])
-        return json.dumps(entry, default=str)
+        return json.dumps(told_by(record), default=str)
 
 
 class TextFormatter(logging.Formatter):
-    """The same for a person at a terminal."""
+    """The same for a person at a terminal: the same JSON, less what the eye does not need."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
-        fields = getattr(record, "fields", {}).items()
-        told = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in fields)
-        text = f"{moment} {record.levelname.lower():7} {record.getMessage()} {told}".rstrip()
-        if record.exc_info and record.exc_info[1] is not None:
-            text += "\n" + _trace(record.exc_info[1])
-        return text
+        told = told_by(record)
+        del told["time"]
+        moment = datetime.fromtimestamp(record.created).astimezone()
+        head = f"{moment:%H:%M:%S} {told.pop('level'):7} {json.dumps(told.pop('event'))[1:-1]}"
+        trace = f"\n{told.pop('trace', '')}"
+        fields = json.dumps(told, default=str, separators=(" ", "="))[1:-1]
+        fields = UNNEEDED.sub(r"\1", fields)
+        return f"{head} {fields}".rstrip() + trace.rstrip()
 
 
 def _trace(error: BaseException) -> str:

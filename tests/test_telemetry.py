@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,7 +29,7 @@ from telemetry import (
 )
 from tests.client import JSON
 from tests.conftest import Log, StartService, StartUpstream
-from tests.upstream import DONE, END, Connection, delta, event, response
+from tests.upstream import DONE, END, HEAD, Connection, delta, event, http_chunk, response
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 FORMATTERS = pytest.mark.parametrize("formatter", [JSONFormatter(), TextFormatter()])
@@ -84,7 +84,7 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def line_of(told: str, formatter: logging.Formatter, error: BaseException | None = None) -> str:
-    attributes: dict[str, object] = {"msg": "request", "fields": {"told": told}}
+    attributes: dict[str, object] = {"msg": f"request {told}", "fields": {"told": told}}
     if error is not None:
         attributes["exc_info"] = (type(error), error, error.__traceback__)
     return formatter.format(logging.makeLogRecord(attributes))
@@ -329,6 +329,49 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
         assert secret not in app.log.lines[-1]
 
 
+async def test_every_line_tells_from_where_it_was_asked(service: StartService) -> None:
+    app = await service(FORWARDED_ALLOW_IPS="127.0.0.1")
+    client = await app.connect()
+    for headers in ({}, {"x-forwarded-for": "2001:db8:1:2::3"}, {"x-forwarded-for": "mine"}):
+        await (await client.ask("GET", "/nowhere", headers=headers)).body()
+    callers = [line["caller"] for line in app.log.requests()]
+    assert callers == ["127.0.0.0/24", "2001:db8:1::/48", "unknown"]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_time_in_which_a_body_is_waited_for_is_not_ours(
+    leaves: bool, service: StartService
+) -> None:
+    app = await service(BODY_TIMEOUT_SECONDS="60" if leaves else "0.2")
+    client = await app.connect()
+    head = "POST /api/v1/chat HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    client.writer.write(f"{head}expect: 100-continue\r\ncontent-length: 9\r\n\r\n".encode())
+    assert b"100 Continue" in await client.reader.readline()
+    if leaves:
+        client.leave()
+    line = await app.log.request()
+    assert line["outcome"] == ("client_gone" if leaves else "request_timeout")
+    assert leaves or line["own_ms"] <= line["ms"] - 100
+    own = await app.metric('chat_own_seconds_sum{route="/api/v1/chat"}')
+    assert own < await app.metric('chat_request_seconds_sum{route="/api/v1/chat"}')
+
+
+async def test_what_a_provider_calls_things_is_logged_as_a_name_or_not_at_all(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    async def script(request: Connection) -> None:
+        chunk = {"model": "what the caller said", "choices": [{"finish_reason": "x" * 129}]}
+        head = HEAD.replace(b"up_1", b"u" * 1000)
+        await request.send(head + http_chunk(event(chunk)) + http_chunk(DONE) + END)
+
+    provider = await upstream(script)
+    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    await (await app.chat()).events()
+    line = await app.log.request()
+    assert (line["outcome"], line["model"], line["finish_reason"]) == ("done", None, None)
+    assert line["attempts"][0]["provider_request_id"] == "u" * 128
+
+
 async def test_a_line_says_why_each_attempt_failed_in_the_end(service: StartService) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -361,7 +404,7 @@ async def test_probes_and_scrapes_are_logged_for_debugging_only_while_they_succe
     [
         ("192.0.2.77", "192.0.2.0/24"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1::/48"),
-        ("2001:db8:1:2::/64", "2001:db8:1::/48"),
+        ("::ffff:192.0.2.77", "192.0.2.0/24"),
         ("fe80::1%eth0", "fe80::/48"),
         ("unknown", "unknown"),
         ("", "unknown"),
@@ -416,9 +459,18 @@ def test_a_line_for_a_person_has_time_level_event_and_fields() -> None:
     attributes = {"levelname": "WARNING", "msg": "Look at %s", "args": ("it",)}
     bare = TextFormatter().format(logging.makeLogRecord(attributes))
     assert re.fullmatch("[0-9]{2}:[0-9]{2}:[0-9]{2} warning Look at it", bare)
-    fields = {"status": 200, "caller": "a b", "usage": None}
+    attempts = [{"model": "mock/echo", "status": None, "error": "e"}]
+    fields = {"status": 200, "caller": "a b", "usage": None, "attempts": attempts}
     told = TextFormatter().format(logging.makeLogRecord({**attributes, "fields": fields}))
-    assert told[8:] == f'{bare[8:]} status=200 caller="a b" usage=null'
+    assert told[8:] == f'{bare[8:]} status=200 caller="a b" attempts=[{{model=mock/echo error=e}}]'
+
+
+@patient
+@given(texts)
+@example('x"y')
+def test_at_a_terminal_no_value_passes_for_a_field_or_for_the_end_of_one(told: str) -> None:
+    shown = line_of(told, TextFormatter()).partition("told=")[2]
+    assert re.fullmatch(r'[A-Za-z0-9._:/+@-]+|"([^"\\]|\\.)*"', shown)
 
 
 # Each raises an error whose text is `told`; the source line that a trace quotes does not hold it.
@@ -579,7 +631,7 @@ async def test_durations_are_measured_on_the_clock_that_was_given() -> None:
     found = series(generate_latest(metrics.registry).decode(), "chat_request_seconds")
     assert found['chat_request_seconds_sum{route="unmatched"}'] == 2
     assert found['chat_request_seconds_bucket{le="1.0",route="unmatched"}'] == 0
-    assert found['chat_request_seconds_bucket{le="2.5",route="unmatched"}'] == 1
+    assert found['chat_request_seconds_bucket{le="2.0",route="unmatched"}'] == 1
 
 
 def labels(found: Iterable[str], label: str) -> set[str]:
