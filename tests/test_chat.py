@@ -127,6 +127,24 @@ def test_text_is_cleaned(text: str, cleaned: str) -> None:
     assert clean(text) == cleaned
 
 
+MARKS = [char for char in map(chr, range(0x300, 0x20000)) if unicodedata.combining(char)]
+
+
+@given(
+    st.text(
+        st.sampled_from([*MARKS, "a", "\u1f82", "\u1112", "\u1161", "\u11ab", "漢"]), max_size=99
+    )
+)
+def test_marks_are_ordered_as_unicode_orders_them(text: str) -> None:
+    assert clean(f"x{text}x") == unicodedata.normalize("NFC", f"x{text}x")
+
+
+def test_half_a_million_marks_on_one_letter_are_ordered_all_the_same() -> None:
+    # In the square of their number this would take minutes, and end in this test's timeout.
+    marks = 250_000
+    assert clean("x" + "\u0300\u0316" * marks) == "x" + "\u0316" * marks + "\u0300" * marks
+
+
 @given(st.text())
 def test_cleaning_twice_changes_nothing(text: str) -> None:
     once = clean(text)
