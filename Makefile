@@ -40,7 +40,8 @@ audit: $(VENV)-audit/ready ## ask for known weaknesses of the locked packages; w
 openapi: $(VENV)/dev ## write static/openapi.json from the models
 	@$(BIN)/python -m tools.openapi
 
-docs: $(VENV)/dev ## write the tables of the README that come from the code
+docs: openapi ## that, .env.example and the tables of the README
+	@$(BIN)/python -m tools.configuration
 	@$(BIN)/python -m tools.dependencies
 
 lock: ## write requirements*.txt anew from pyproject.toml; needs uv

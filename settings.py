@@ -141,85 +141,101 @@ class Upstream(BaseModel, frozen=True, hide_input_in_errors=True):
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
-    """One variable a field, the name in capitals, and above it the reason for it."""
+    """One variable a field, the name in capitals, and above it the reason for it, from which
+    `make docs` writes .env.example and the README's table."""
 
-    # With it, OpenAI answers.
+    # ---- Models and providers
+
+    # With a key, OpenAI answers; without one, a mock does.
     openai_api_key: Bearer | None = None
-    # Another address for the provider openai.
+    # Where the provider openai is asked; another address for a gateway that speaks its API.
     openai_base_url: BaseUrl = HttpUrl("https://api.openai.com/v1")
-    # More OpenAI-compatible servers: groq needs GROQ_BASE_URL and, if it has one, GROQ_API_KEY.
+    # More OpenAI-compatible servers, by names that you choose: groq,local. Each has an address,
+    # GROQ_BASE_URL, and unless it needs none a key, GROQ_API_KEY.
     providers: Annotated[tuple[Upstream, ...], LIST] = ()
-    # Who answers a bare model name; unset: openai if it has a key, else the first of PROVIDERS,
+    # Who answers a bare model name. Unset: openai if it has a key, else the first of PROVIDERS,
     # else mock.
     default_provider: str | None = None
-    # For requests that name no model.
+    # The model of requests that name none.
     default_model: str = "gpt-4o-mini"
-    # Models that callers may ask for, globs allowed; unset: DEFAULT_MODEL alone.
+    # Models that callers may ask for, with globs: gpt-4o-mini,groq/*. Unset: DEFAULT_MODEL alone.
     models: Annotated[tuple[str, ...], LIST] = ()
-    # Asked in this order when a model fails before its first piece.
+    # Asked in this order when a model fails before its first piece: groq/llama-3.3-70b,mock/echo
     fallback_models: Annotated[tuple[str, ...], LIST] = ()
     # Goes before every conversation.
     system_prompt: str | None = None
-    # A limit for each answer; unset: the provider's own.
+    # The longest answer, in tokens. Unset: the provider's own limit.
     max_output_tokens: Count | None = None
 
-    # The address to listen on; 0.0.0.0 in a container.
+    # ---- Who may call, from where, how often
+
+    # The address to listen on: this machine alone. 0.0.0.0 in a container.
     host: str = "127.0.0.1"
-    # 0 takes a free one.
+    # The port to listen on; 0 takes a free one.
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    # Host headers to answer; on a developer's machine, localhost keeps rebinding pages out.
+    # Host headers to answer. On a developer's machine localhost keeps out pages that rebind their
+    # name.
     allowed_hosts: Annotated[tuple[Host, ...], LIST] = ("*",)
-    # Proxies whose X-Forwarded-For is believed: addresses and networks.
+    # Proxies whose X-Forwarded-For is believed, addresses and networks: 127.0.0.1,10.0.0.0/8
     forwarded_allow_ips: Annotated[tuple[Network, ...], LIST] = ()
-    # Web pages that may call from a browser: exact origins.
+    # Web pages that may call from a browser, exact origins: https://app.example.com
     cors_origins: Annotated[tuple[Origin, ...], LIST] = ()
-    # Callers with keys: name:key,name:key.
+    # Callers with keys of at least 20 characters: name:key,name:key. A name may stand twice, to
+    # rotate.
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_api_keys), Field(repr=False)] = ()
-    # False: only callers with a key.
+    # Whether callers without a key are answered; false needs API_KEYS.
     allow_anonymous: bool = True
     # For each anonymous address: N/second, N/minute, N/hour, N/day, or off.
     rate_limit: Limit = Rate(10, 60)
-    # For each key.
+    # For each key, all that have its name together.
     rate_limit_api_key: Limit = Rate(600, 60)
 
-    # Where sessions are kept: sqlite:///PATH, or memory:// to lose them at the end.
+    # ---- Sessions
+
+    # Where conversations are kept: sqlite:///PATH (sqlite:////data/chat.db from the root), or
+    # memory:// to lose them at the end.
     state_url: StateUrl = "sqlite:///chat.db"
-    # A session's life after its last turn.
+    # A session ends this long after its last turn.
     session_ttl_seconds: Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)] = 86400
-    # What a session remembers: the newest turns that fit.
+    # What a session remembers, in characters: the newest whole turns that fit.
     history_max_chars: Count = 32000
-    # A request's body.
+
+    # ---- Limits
+
+    # The body of a request, in bytes.
     max_body_bytes: Annotated[int, Field(ge=64, le=2**24)] = 65536
     # A message, in Unicode code points.
     max_message_chars: Count = 8000
     # Answers at once, in all.
     max_streams: Count = 1000
-    # Answers at once for one address; ten times that for a key.
+    # Answers at once for one address; a key may have ten times as many.
     max_streams_per_caller: Count = 10
-    # To reach the provider.
+    # How long the provider may take to accept a connection. Seconds take fractions.
     connect_timeout_seconds: Seconds = 5
-    # Until its first piece.
+    # How long it may take to begin its answer.
     first_token_timeout_seconds: Seconds = 60
-    # Between two pieces.
+    # How long it may pause between two pieces of it.
     idle_timeout_seconds: Seconds = 30
-    # For a whole answer.
+    # How long a whole answer may last.
     total_timeout_seconds: Seconds = 600
-    # For a client to take what we sent.
+    # How long a client may take nothing of what it is sent.
     write_timeout_seconds: Seconds = 30
-    # For a request's body to arrive.
+    # How long the body of a request may take to arrive.
     body_timeout_seconds: Seconds = 10
-    # Silence before a comment line keeps proxies from hanging up.
+    # After so much silence a comment line keeps proxies from hanging up.
     heartbeat_seconds: Seconds = 15
     # Further tries of the last model before its first piece; each may be billed.
     max_retries: Annotated[int, Field(ge=0, le=10)] = 2
-    # For running answers to end when the service is told to stop.
+    # For running answers to end when the service is told to stop; a second signal hurries.
     drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 20
 
-    # Warning hides the line for each request.
+    # ---- What the operator sees
+
+    # debug, info, warning or error; warning hides the line for each request.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    # Off removes /metrics.
+    # off removes /metrics.
     metrics: bool = True
-    # Off removes the page at /.
+    # off removes the page at /.
     playground: bool = True
 
     @property

@@ -1,6 +1,5 @@
 """Every variable: what it takes, what it refuses and in which words, and what is never printed."""
 
-import itertools
 import re
 import subprocess
 import sys
@@ -462,15 +461,6 @@ def test_the_example_holds_each_variable_once_in_the_order_of_the_model() -> Non
     names = [match[2] for match in ASSIGNMENT.finditer(EXAMPLE.read_text())]
     assert [name for name in names if name not in EXAMPLES] == variables()
     assert [name for name in names if name in EXAMPLES] == EXAMPLES
-
-
-def test_the_example_says_above_each_variable_what_it_is_for() -> None:
-    lines = EXAMPLE.read_text().splitlines()
-    for above, line in itertools.pairwise(lines):
-        match = ASSIGNMENT.match(line)
-        if match and match[2] in variables():
-            assert re.match("# [^-]", above), line
-            assert not ASSIGNMENT.match(above), line
 
 
 def test_the_example_writes_down_the_defaults() -> None:

@@ -1,11 +1,16 @@
-"""What the project says of the packages it stands on."""
+"""What the project says of itself: the packages it stands on, its settings, its releases."""
 
 import json
+import re
+import subprocess
+import tomllib
+from datetime import date
 
 import pytest
 
-from tools.audit import verdict
-from tools.dependencies import BEGIN, END, ROOT, table
+from tools import configuration, dependencies
+from tools.audit import ROOT, verdict
+from tools.readme import part
 
 
 def rows(text: str) -> list[list[str]]:
@@ -15,12 +20,16 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_readme_lists_every_locked_package_as_it_is() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rows(readme.partition(BEGIN)[2].partition(END)[0]) == rows(table())
+    assert rows(part(dependencies.PART)) == rows(dependencies.table())
+
+
+def test_the_settings_are_explained_as_the_code_explains_them() -> None:
+    assert part(configuration.PART) == configuration.table(), "run `make docs`"
+    assert configuration.EXAMPLE.read_text(encoding="utf-8") == configuration.example()
 
 
 def test_every_package_is_direct_or_needed_and_has_a_licence() -> None:
-    for row in rows(table())[2:]:
+    for row in rows(dependencies.table())[2:]:
         assert row[2] not in ("", "UNKNOWN")
         assert row[3] != "needed by "
 
@@ -55,3 +64,42 @@ def test_an_audit_without_a_database_is_not_a_clean_one() -> None:
         2,
         "The database of weaknesses can't be reached: ConnectionError: no route",
     )
+
+
+# ---- releases and commands
+
+
+def releases(changelog: str) -> list[str]:
+    """The released versions, newest first; every heading has the form of Keep a Changelog."""
+    unreleased, *rest = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
+    assert unreleased == "[Unreleased]"
+    matches = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", each) for each in rest]
+    dated = [(date.fromisoformat(match[2]), match[1]) for match in matches if match]
+    assert len(dated) == len(rest)
+    assert dated == sorted(dated, reverse=True)
+    return [version for _, version in dated]
+
+
+def test_a_changelog_is_read_as_it_is_meant() -> None:
+    text = "# Changelog\n## [Unreleased]\n### Added\n## [0.2.0] - 2027-02-01\n"
+    text += "## [0.1.0] - 2027-01-31\n"
+    assert releases(text) == ["0.2.0", "0.1.0"]
+    for broken in ("2027-01-01", "2027-02-30", "soon"):
+        with pytest.raises((AssertionError, ValueError)):
+            releases(text.replace("2027-02-01", broken))
+
+
+def test_the_version_is_the_newest_release_of_the_changelog() -> None:
+    released = releases((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # Before the first release there is none to compare with.
+    assert project["version"] == (released or ["0.1.0"])[0]
+
+
+def test_make_help_lists_every_command() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    asked = ["make", "--no-print-directory", "help"]
+    printed = subprocess.run(asked, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert [line.split()[1] for line in printed.splitlines()] == targets
+    assert f".PHONY: {' '.join(targets)}\n" in makefile

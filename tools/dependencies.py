@@ -9,8 +9,10 @@ import re
 from importlib.metadata import Distribution, distribution, requires
 from pathlib import Path
 
+from tools.readme import write_part
+
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- dependencies -->\n", "<!-- /dependencies -->"
+PART = "dependencies"
 HEAD = "| package | version | licence | size | why |\n|---|---|---|--:|---|\n"
 
 
@@ -70,10 +72,7 @@ def table() -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
+    write_part(PART, table())
 
 
 if __name__ == "__main__":
