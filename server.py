@@ -62,8 +62,8 @@ def listen(settings: Settings) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         return [socket.create_server(at, family=kind, backlog=BACKLOG) for kind, *_, at in found]
-    except OSError as error:
-        problem = f"HOST={host!r}, PORT={port}: {error.strerror}"
+    except (OSError, UnicodeError) as error:
+        problem = f"HOST={host!r}, PORT={port}: {error}"
         raise SettingsError(f"{problem}. Set another, or stop what listens there") from None
 
 

@@ -314,7 +314,7 @@ def open_database(path: str) -> sqlite3.Connection:
     if path != ":memory:":
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     # All use is in the store's one thread; only this opening is not.
-    db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         _prepare(db, path)
     except BaseException:

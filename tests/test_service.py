@@ -1246,6 +1246,7 @@ async def test_interrupted_from_the_keyboard_it_stops_as_well(launch: Launch) ->
     ("env", "told"),
     [
         ({"PORT": "many"}, "PORT='many'"),
+        ({"HOST": "a..b"}, "HOST='a..b', PORT=0: "),
         ({"RATE_LIMIT": "10"}, "RATE_LIMIT='10'"),
         ({"API_KEYS": "me:tooshort-4711"}, "API_KEYS: "),
         ({"MODELS": "gpt-9"}, "DEFAULT_MODEL='gpt-4o-mini' is not among MODELS"),
