@@ -11,7 +11,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import errors
 from settings import ApiKey, Rate
@@ -87,9 +87,14 @@ def take(bucket: Bucket | None, rate: Rate, now: int) -> tuple[Bucket, Verdict]:
     allowed = shares >= token
     if allowed:
         shares -= token
+    return Bucket(shares, now), told(allowed, shares, rate)
+
+
+def told(allowed: bool, shares: int, rate: Rate) -> Verdict:
+    """The verdict of a bucket that holds so many shares afterwards."""
+    token = rate.seconds * MICROSECONDS
     missing = token - shares % token
-    wait = -(-missing // (rate.limit * MICROSECONDS))
-    return Bucket(shares, now), Verdict(allowed, shares // token, wait)
+    return Verdict(allowed, shares // token, -(-missing // (rate.limit * MICROSECONDS)))
 
 
 def full_at(bucket: Bucket, rate: Rate) -> int:
@@ -98,8 +103,17 @@ def full_at(bucket: Bucket, rate: Rate) -> int:
     return bucket.at + -(-missing // rate.limit)
 
 
+class RateLimiter(Protocol):
+    """A bucket for each caller, of one rate."""
+
+    rate: Rate
+
+    async def take(self, caller: Caller) -> Verdict:
+        """One token of the caller's bucket. Raises StateUnavailable."""
+
+
 class Limiter:
-    """A bucket for each caller, of one rate. Full ones are forgotten; when `max_buckets` are in use
+    """Buckets in this process. Full ones are forgotten; when `max_buckets` are in use
     the fullest goes first, so memory is bounded however many addresses come."""
 
     def __init__(
@@ -117,7 +131,6 @@ class Limiter:
         return len(self._buckets)
 
     async def take(self, caller: Caller) -> Verdict:
-        """One token of the caller's bucket."""
         now = self._clock()
         known = self._buckets.get(caller.owner)
         if known is None:

@@ -43,7 +43,7 @@ from providers import (
     answer,
     make_providers,
 )
-from ratelimit import Caller, Limiter, Streams, by_address, find_key
+from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
 from server import Drain, Server, listen, probe, shutting_down
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, unknown_variables
@@ -71,7 +71,7 @@ class Service:
 
     settings: Settings
     router: Router
-    limiters: Mapping[str, Limiter]
+    limiters: Mapping[str, RateLimiter]
     streams: Streams
     drain: Drain
     store: SessionStore
@@ -351,22 +351,35 @@ async def keep_sweeping(store: SessionStore) -> None:
         await anyio.sleep(SWEEP_SECONDS)
 
 
-def make_service(settings: Settings, router: Router, log: logging.Logger, drain: Drain) -> Service:
-    path = ":memory:"
-    if settings.state_url != "memory://":
-        path = settings.state_url.removeprefix("sqlite:///")
-    ttl, chars = settings.session_ttl_seconds, settings.history_max_chars
+def make_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionStore]:
+    """The limiters, and the sessions, where STATE_URL says. Raises SettingsError."""
+    url, ttl, chars = settings.state_url, settings.session_ttl_seconds, settings.history_max_chars
     rates = {"anonymous": settings.rate_limit, "key": settings.rate_limit_api_key}
+    limited = {kind: rate for kind, rate in rates.items() if rate}
+    if url.startswith("redis"):
+        # Who keeps no state there need not load the client.
+        from redis_state import RedisLimiter, RedisStore, Server
+
+        shared = Server(url)
+        limiters = {kind: RedisLimiter(shared, rate) for kind, rate in limited.items()}
+        return limiters, RedisStore(shared, ttl=ttl, max_chars=chars)
+    path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
+    store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
+    return {kind: Limiter(rate, _microseconds) for kind, rate in limited.items()}, store
+
+
+def make_service(settings: Settings, router: Router, log: logging.Logger, drain: Drain) -> Service:
+    limiters, store = make_state(settings)
     streams = Streams(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics()
     metrics.open_streams.set_function(lambda: streams.open)
     return Service(
         settings=settings,
         router=router,
-        limiters={kind: Limiter(rate, _microseconds) for kind, rate in rates.items() if rate},
+        limiters=limiters,
         streams=streams,
         drain=drain,
-        store=SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time),
+        store=store,
         metrics=metrics,
         log=log,
     )

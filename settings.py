@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-SECRETS = frozenset({"OPENAI_API_KEY", "API_KEYS"})
+SECRETS = frozenset({"OPENAI_API_KEY", "API_KEYS", "STATE_URL"})
 RATE_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
@@ -128,7 +128,12 @@ Host = Annotated[
     ),
 ]
 StateUrl = Annotated[
-    str, _matching("memory://|sqlite:///.+", "sqlite:///PATH (sqlite:////PATH from /) or memory://")
+    str,
+    _matching(
+        "memory://|sqlite:///.+|rediss?://.+",
+        "sqlite:///PATH (sqlite:////PATH from /), memory://, redis://HOST or, with TLS, rediss://HOST",
+    ),
+    Field(repr=False),
 ]
 
 
@@ -192,8 +197,9 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     # ---- Sessions
 
-    # Where conversations are kept: sqlite:///PATH (sqlite:////data/chat.db from the root), or
-    # memory:// to lose them at the end.
+    # Where conversations are kept: sqlite:///PATH (sqlite:////data/chat.db from the root), memory://
+    # to lose them at the end, or redis://USER:PASSWORD@HOST:6379/0 (rediss:// with TLS) for several
+    # processes, which then share their limits too.
     state_url: StateUrl = "sqlite:///chat.db"
     # A session ends this long after its last turn.
     session_ttl_seconds: Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)] = 86400

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from service import create_app
 from settings import from_env
 from telemetry import JSONFormatter
 from tests.client import CANARY, Client, Reply
+from tests.redis_server import RedisServer
 from tests.upstream import Script, Upstream, running_upstream
 
 # Longer than anything that is waited for here takes on the slowest machine.
@@ -156,3 +157,11 @@ def upstream(stack: AsyncExitStack) -> StartUpstream:
         return await stack.enter_async_context(running_upstream(script))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One for all tests that neither stop nor fill it; they empty it before they use it."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()

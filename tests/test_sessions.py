@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,35 +15,22 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterator,
     Mapping,
-    Sequence,
 )
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
 import sessions
-from errors import ServiceError, SessionBusy, SessionNotFound, StateUnavailable
+from errors import StateUnavailable
 from ratelimit import by_address
 from server import Drain
 from service import create_app, keep_sweeping
-from sessions import APPLICATION_ID, ISSUED, SCHEMA_VERSION, SWEEP_ROWS, Session, SQLiteStore, Turn
+from sessions import APPLICATION_ID, SCHEMA_VERSION, SWEEP_ROWS, SessionStore, SQLiteStore, Turn
 from settings import SettingsError, from_env
 
 Headers = Mapping[str, str]
@@ -101,7 +87,7 @@ def said(
 
 
 async def talk(
-    store: SQLiteStore, session_id: str | None, *turns: Turn | None, owner: str = ME
+    store: SessionStore, session_id: str | None, *turns: Turn | None, owner: str = ME
 ) -> str:
     """These turns in one session, None for an answer without text; its id."""
     for turn in turns:
@@ -112,7 +98,7 @@ async def talk(
     return session_id
 
 
-async def texts(store: SQLiteStore, session_id: str, owner: str = ME) -> list[str]:
+async def texts(store: SessionStore, session_id: str, owner: str = ME) -> list[str]:
     """The messages that the session remembers."""
     return [turn.message for turn in (await store.read(owner, session_id)).turns]
 
@@ -182,139 +168,7 @@ def storing_fails(file: Path, how: str = "ROLLBACK") -> Iterator[None]:
         db.execute("DROP TRIGGER no_UPDATE")
 
 
-# ---- the store: what it keeps
-
-
-async def test_a_session_is_what_was_said_in_it_also_after_the_file_was_reopened(
-    file: Path, clock: Clock
-) -> None:
-    first = said("a\x00b", "\U0001f469\u200d\U0001f680 \u0646\u0645\u06cc\n")
-    second = Turn("two", "cut o", False, AT + 1.25, AT + 2.5)
-    async with opened(file, clock) as store:
-        issued = await talk(store, None, first, second)
-        before = await store.read(ME, issued)
-    async with opened(file, clock) as store:
-        session = await store.read(ME, issued)
-        assert session == before
-        assert session == await store.open(ME, issued)
-    assert session.turns == [first, second]
-    assert (session.id, session.created_at) == (issued, AT)
-    assert session.expires_at == second.answered_at + TTL
-
-
-async def test_issued_ids_hold_256_bits_and_are_never_the_same(store: SQLiteStore) -> None:
-    issued = {(await store.open(ME, None)).id for _ in range(100)}
-    assert len(issued) == 100
-    assert all(ISSUED.fullmatch(session_id) for session_id in issued)
-
-
-@pytest.mark.parametrize("chosen", ["mine", None])
-async def test_an_answer_without_text_leaves_a_session_without_turns(
-    store: SQLiteStore, clock: Clock, chosen: str | None
-) -> None:
-    session_id = await talk(store, chosen, None)
-    session = await store.read(ME, session_id)
-    assert (session.turns, session.expires_at) == ([], AT + TTL)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "kept"),
-    [
-        ([400, 300, 300], [400, 300, 300]),
-        ([400, 300, 301], [300, 301]),
-        ([1, 999, 1], [999, 1]),
-        ([400, 300, 1000], [1000]),
-        ([400, 300, 5000], [5000]),
-        ([5000, 1], [1]),
-        ([400, 5000, 300, 200], [300, 200]),
-    ],
-)
-async def test_the_newest_whole_turns_that_fit_are_kept_and_the_newest_always(
-    store: SQLiteStore, file: Path, sizes: Sequence[int], kept: list[int]
-) -> None:
-    for size in sizes:
-        # A character is a code point, in the message as in the answer.
-        await talk(store, "mine", said("\U0001f642" * (size // 3), "é" * (size - size // 3)))
-    session = await store.read(ME, "mine")
-    assert [turn.chars for turn in session.turns] == kept
-    assert count(file, "turn") == len(kept)
-
-
-async def test_a_smaller_history_max_chars_counts_from_the_next_request_on(
-    file: Path, clock: Clock
-) -> None:
-    async with opened(file, clock) as store:
-        await talk(store, "mine", *(said(name * 100, "") for name in "abc"))
-    async with opened(file, clock, max_chars=250) as store:
-        session = await store.open(ME, "mine")
-        assert [turn.message[0] for turn in session.turns] == ["b", "c"]
-        await store.end(session, said("d" * 100, ""))
-        assert [text[0] for text in await texts(store, "mine")] == ["c", "d"]
-    assert count(file, "turn") == 2
-
-
-async def test_the_thousandth_turn_reads_and_keeps_no_more_than_the_tenth(
-    store: SQLiteStore, file: Path
-) -> None:
-    sizes = {}
-    for number in range(1, 1001):
-        session = await store.open(ME, "mine")
-        await store.end(session, said(f"{number:0100}", ""))
-        if number in (11, 1000):
-            sizes[number] = (
-                len(session.turns),
-                sum(turn.chars for turn in session.turns),
-                count(file, "turn"),
-            )
-    assert sizes[1000] == sizes[11] == (10, 1000, 10)
-
-
-# ---- the store: whose it is
-
-
-async def test_a_guessed_id_of_an_issued_ones_shape_is_not_adopted(
-    store: SQLiteStore, file: Path
-) -> None:
-    for use in (store.open, store.read, store.delete, store.open):
-        with pytest.raises(SessionNotFound):
-            await use(ME, NOBODYS_GUESS)
-    assert count(file, "session") == 0
-
-
-async def test_an_issued_id_is_valid_once_its_first_answer_has_ended(store: SQLiteStore) -> None:
-    session = await store.open(ME, None)
-    for use in (store.open, store.read, store.delete):
-        with pytest.raises(SessionNotFound):
-            await use(ME, session.id)
-    await store.end(session, said())
-    assert await texts(store, session.id) == ["Hi"]
-
-
-async def test_a_deleted_session_is_gone_and_its_name_begins_anew(store: SQLiteStore) -> None:
-    for session_id in (await talk(store, None, said()), await talk(store, "mine", said())):
-        await store.delete(ME, session_id)
-        for use in (store.read, store.delete):
-            with pytest.raises(SessionNotFound):
-                await use(ME, session_id)
-    with pytest.raises(SessionNotFound):
-        await store.open(ME, NOBODYS_GUESS)
-    assert (await store.open(ME, "mine")).turns == ()
-
-
 # ---- the store: one answer at a time, and its end
-
-
-async def test_only_one_answer_is_written_in_a_session_at_a_time(store: SQLiteStore) -> None:
-    for session_id in (await talk(store, None, said("before")), "mine"):
-        session = await store.open(ME, session_id)
-        for use in (store.open, store.delete):
-            with pytest.raises(SessionBusy):
-                await use(ME, session_id)
-        assert (await store.read(ME, session_id)).turns == [*session.turns]
-        await store.end(session, said("after"))
-        assert (await texts(store, session_id))[-1] == "after"
-        await store.end(await store.open(ME, session_id), None)
-        await store.delete(ME, session_id)
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -330,24 +184,6 @@ async def test_a_turn_that_cannot_be_stored_is_not_half_stored_and_gives_the_loc
         return
     await talk(store, chosen, said("next"))
     assert await texts(store, chosen) == ["next"]
-
-
-async def test_an_answer_that_outlives_its_session_gives_nothing_to_its_successor(
-    store: SQLiteStore, file: Path
-) -> None:
-    old = await store.open(ME, "mine")
-    with other_connection(file) as db:
-        db.execute("DELETE FROM session")
-    new = await store.open(ME, "mine")
-    with pytest.raises(StateUnavailable):
-        await store.end(old, said("the old one's"))
-    with pytest.raises(SessionBusy):
-        await store.open(ME, "mine")
-    await store.end(new, said("the new one's"))
-    assert await texts(store, "mine") == ["the new one's"]
-    await store.delete(ME, "mine")
-    with pytest.raises(SessionNotFound):
-        await store.read(ME, "mine")
 
 
 async def test_a_lock_that_was_taken_reaches_a_caller_who_is_cancelled(store: SQLiteStore) -> None:
@@ -377,39 +213,6 @@ async def test_an_end_that_is_given_up_while_it_waits_gives_the_lock_back(
 
 
 # ---- the store: expiry
-
-
-async def test_a_session_ends_when_its_time_is_over_after_its_last_turn(
-    store: SQLiteStore, clock: Clock, file: Path
-) -> None:
-    issued = await talk(store, None, said(at=AT))
-    await talk(store, "mine", said(at=AT))
-    clock.now = AT + TTL - 1
-    assert await texts(store, issued) == ["Hi"]
-    await talk(store, "mine", said("again", at=clock.now))
-    clock.now = AT + TTL
-    for use in (store.open, store.read, store.delete):
-        with pytest.raises(SessionNotFound):
-            await use(ME, issued)
-    assert await texts(store, "mine") == ["Hi", "again"]
-    clock.now = AT + 2 * TTL - 1
-    session = await store.open(ME, "mine")
-    assert (session.turns, session.created_at) == ((), clock.now)
-    assert count(file, "turn") == 1, "only the issued one's is left for the sweep"
-
-
-async def test_a_session_never_ends_during_an_answer(store: SQLiteStore, clock: Clock) -> None:
-    await talk(store, "mine", said("before"))
-    session = await store.open(ME, "mine")
-    clock.now = AT + TTL + 1
-    await store.sweep()
-    assert await texts(store, "mine") == ["before"]
-    for use in (store.open, store.delete):
-        with pytest.raises(SessionBusy):
-            await use(ME, "mine")
-    await store.end(session, said("after", at=clock.now))
-    assert await texts(store, "mine") == ["before", "after"]
-    assert (await store.read(ME, "mine")).expires_at == clock.now + TTL
 
 
 @pytest.mark.parametrize("answering", [0, 1, SWEEP_ROWS])
@@ -680,188 +483,6 @@ async def test_a_store_that_does_not_answer_fails_its_check(store: SQLiteStore, 
         assert (failure.value.retryable, failure.value.retry_after) == (True, 1)
         db.execute("ALTER TABLE elsewhere RENAME TO session")
     await store.check()
-
-
-async def test_in_memory_a_store_does_the_same_and_keeps_nothing(clock: Clock) -> None:
-    async with opened(":memory:", clock) as store:
-        await talk(store, "mine", said())
-        assert await texts(store, "mine") == ["Hi"]
-        clock.now += TTL
-        await store.sweep()
-    async with opened(":memory:", clock) as store:
-        with pytest.raises(SessionNotFound):
-            await store.read(ME, "mine")
-
-
-# ---- the store against a model of it
-
-OWNERS = st.sampled_from(["key:app", "key:web", ME, NEIGHBOUR])
-CHOSEN = st.sampled_from(["demo", "test"])
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-MODEL_MAX_CHARS = 60
-ANYONE = "anyone"
-
-
-@dataclass
-class Remembered:
-    """A session as the contract has it; one that was issued is not stored before its first end."""
-
-    expires_at: float
-    turns: list[Turn] = field(default_factory=list)
-    busy: bool = True
-    stored: bool = True
-
-
-class Model(RuleBasedStateMachine):
-    """The store beside a dictionary, each told the same."""
-
-    ids = Bundle("ids")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.directory = Path(tempfile.mkdtemp())
-        self.runner = asyncio.Runner()
-        self.clock = Clock()
-        # By whose they are, a caller's, a key's or anyone's, and their id.
-        self.sessions: dict[tuple[str, str], Remembered] = {}
-        self.answers: list[tuple[Session, Remembered]] = []
-        self.open_file()
-
-    def open_file(self) -> None:
-        self.store = SQLiteStore(
-            str(self.directory / "chat.db"), ttl=TTL, max_chars=MODEL_MAX_CHARS, clock=self.clock
-        )
-
-    def teardown(self) -> None:
-        self.runner.run(self.store.aclose())
-        self.runner.close()
-        shutil.rmtree(self.directory)
-
-    def alive(self, known: Remembered) -> bool:
-        return known.stored and (known.busy or known.expires_at > self.clock.now)
-
-    def find(self, owner: str, session_id: str) -> Remembered | None:
-        """The caller's own, or one that was issued to anyone."""
-        for holder in (owner, ANYONE):
-            known = self.sessions.get((holder, session_id))
-            if known is not None and self.alive(known):
-                return known
-        return None
-
-    def refused(self, error: type[ServiceError], call: Coroutine[Any, Any, object]) -> None:
-        with pytest.raises(error):
-            self.runner.run(call)
-
-    @rule(target=ids, chosen=st.one_of(CHOSEN, st.just(NOBODYS_GUESS)))
-    def choose(self, chosen: str) -> str:
-        return chosen
-
-    @rule(target=ids, owner=OWNERS)
-    def create(self, owner: str) -> str:
-        session = self.runner.run(self.store.open(owner, None))
-        made = Remembered(0, stored=False)
-        self.sessions[owner if owner.startswith("key:") else ANYONE, session.id] = made
-        self.answers.append((session, made))
-        return session.id
-
-    @rule(owner=OWNERS, session_id=ids)
-    def open(self, owner: str, session_id: str) -> None:
-        known = self.find(owner, session_id)
-        opening = self.store.open(owner, session_id)
-        if known is None and ISSUED.fullmatch(session_id):
-            self.refused(SessionNotFound, opening)
-        elif known is not None and known.busy:
-            self.refused(SessionBusy, opening)
-        else:
-            if known is None:
-                known = Remembered(self.clock.now + TTL)
-                self.sessions[owner, session_id] = known
-            session = self.runner.run(opening)
-            assert [*session.turns] == known.turns
-            known.busy = True
-            self.answers.append((session, known))
-
-    def some_answer(self, data: st.DataObject) -> tuple[Session, Remembered]:
-        return self.answers.pop(data.draw(st.integers(0, len(self.answers) - 1)))
-
-    @precondition(lambda self: self.answers)
-    @rule(message=TEXT, answer=TEXT.filter(bool), complete=st.booleans(), data=st.data())
-    def end(self, message: str, answer: str, complete: bool, data: st.DataObject) -> None:
-        session, known = self.some_answer(data)
-        turn = Turn(message, answer, complete, self.clock.now - 1, self.clock.now)
-        self.runner.run(self.store.end(session, turn))
-        known.turns.append(turn)
-        while len(known.turns) > 1 and sum(turn.chars for turn in known.turns) > MODEL_MAX_CHARS:
-            known.turns.pop(0)
-        known.expires_at = self.clock.now + TTL
-        known.busy, known.stored = False, True
-
-    @precondition(lambda self: self.answers)
-    @rule(data=st.data())
-    def end_without_text(self, data: st.DataObject) -> None:
-        session, known = self.some_answer(data)
-        self.runner.run(self.store.end(session, None))
-        if not known.stored:
-            known.expires_at = self.clock.now + TTL
-        known.busy, known.stored = False, True
-
-    @rule(owner=OWNERS, session_id=ids)
-    def delete(self, owner: str, session_id: str) -> None:
-        known = self.find(owner, session_id)
-        deleting = self.store.delete(owner, session_id)
-        if known is None:
-            self.refused(SessionNotFound, deleting)
-        elif known.busy:
-            self.refused(SessionBusy, deleting)
-        else:
-            self.runner.run(deleting)
-            self.sessions = {key: it for key, it in self.sessions.items() if it is not known}
-
-    @rule(seconds=st.sampled_from([1.0, TTL / 2, TTL, 3 * TTL]))
-    def wait(self, seconds: float) -> None:
-        self.clock.now += seconds
-
-    @rule()
-    def sweep(self) -> None:
-        self.runner.run(self.store.sweep())
-        alive = [known for known in self.sessions.values() if self.alive(known)]
-        assert count(self.directory / "chat.db", "session") == len(alive)
-        assert count(self.directory / "chat.db", "turn") == sum(len(it.turns) for it in alive)
-
-    @rule()
-    def restart(self) -> None:
-        """The answers that were being written are lost, and with them their locks."""
-        self.runner.run(self.store.aclose())
-        self.answers.clear()
-        self.sessions = {key: it for key, it in self.sessions.items() if it.stored}
-        for known in self.sessions.values():
-            known.busy = False
-        self.open_file()
-
-    @rule(owner=OWNERS, session_id=ids)
-    def read(self, owner: str, session_id: str) -> None:
-        known = self.find(owner, session_id)
-        if known is None:
-            self.refused(SessionNotFound, self.store.read(owner, session_id))
-            return
-        session = self.runner.run(self.store.read(owner, session_id))
-        assert (session.turns, session.expires_at) == (known.turns, known.expires_at)
-
-    @invariant()
-    def each_is_as_its_holder_left_it(self) -> None:
-        for (holder, session_id), known in self.sessions.items():
-            if self.alive(known):
-                owner = ME if holder == ANYONE else holder
-                session = self.runner.run(self.store.read(owner, session_id))
-                assert (session.turns, session.expires_at) == (known.turns, known.expires_at)
-
-
-@pytest.mark.parametrize("examples", [12, pytest.param(150, marks=pytest.mark.slow)])
-def test_the_store_does_what_a_dictionary_would(examples: int) -> None:
-    run_state_machine_as_test(
-        Model,
-        settings=hypothesis_settings(max_examples=examples, stateful_step_count=30, deadline=None),
-    )
 
 
 # ---- the store when it holds much

@@ -1,0 +1,305 @@
+"""Sessions and limits in Redis, for any number of processes: STATE_URL=redis://… or rediss://…
+
+What `sessions.py` and `ratelimit.py` ask for, as scripts that Redis runs one after the other: each
+is one round trip, and its clock is Redis's own. A session is a hash (whose it is, when it began), a
+list of its turns and, while an answer is being written, a lock, which is a lease: a process that
+dies stops renewing it. One Redis or Valkey at one address; neither Sentinel nor Cluster.
+"""
+
+import asyncio
+import hashlib
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from pydantic_core import from_json, to_json
+from redis import Redis as BlockingRedis
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+
+import errors
+from ratelimit import MICROSECONDS, Caller, Verdict, told
+from sessions import BUSY, ISSUED, Session, SessionStore, Turn, issue, kept
+from settings import Rate, SettingsError
+
+# For one round trip, with all that it may wait for: a free connection, a new one, the answer. A
+# request makes two before its answer begins and one at its end.
+TRIP_SECONDS = 0.5
+# Each carries thousands of trips a second; a thousand processes with so many stay within the 10,000
+# clients that Redis takes (redis.conf, maxclients).
+MAX_CONNECTIONS = 8
+# A session is free this long after its process died; renewed four times as often.
+LEASE_MILLISECONDS = 4000
+# The whole numbers of a double, which Lua counts with.
+EXACT = 2**53
+TAKES = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
+UNAVAILABLE = "Conversations and limits can't be reached just now. Try again."
+LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
+
+# `ratelimit.take` on whole numbers that a double holds. A bucket is "shares at"; it expires when it
+# is full, a millisecond late, for Redis cuts its clock to milliseconds. KEYS: the bucket. ARGV: a
+# token's shares, a full bucket's, the shares that a microsecond brings.
+TAKE = """
+local token, full, flow = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local shares = full
+local before, at = string.match(redis.call('GET', KEYS[1]) or '', '(%d+) (%d+)')
+if before then
+  shares = math.min(full, before + math.max(0, now - at) * flow)
+end
+local allowed = shares >= token
+if allowed then
+  shares = shares - token
+end
+local milliseconds = math.ceil((full - shares) / (flow * 1000)) + 1
+redis.call('SET', KEYS[1], string.format('%.0f %.0f', shares, now), 'PX', milliseconds)
+return {allowed and 1 or 0, shares}
+"""
+
+# Redis's time, in milliseconds.
+NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+# KEYS: session, its turns, its lock, here and below. ARGV: who asks; and, to lock it, a token, the
+# lease and, where a session may begin, its time to live. It outlives that time while it is locked.
+OPEN = f"""{NOW}
+local owner, began, ends = unpack(redis.call('HMGET', KEYS[1], 'owner', 'began', 'ends'))
+local new = not owner and ARGV[4]
+if new then
+  owner, began, ends = ARGV[1], now, now + ARGV[4]
+end
+if owner ~= ARGV[1] and owner ~= 'anyone' then
+  return 'unknown'
+end
+if ARGV[2] then
+  if not redis.call('SET', KEYS[3], ARGV[2], 'NX', 'PX', ARGV[3]) then
+    return 'busy'
+  end
+  if new then
+    redis.call('HSET', KEYS[1], 'owner', owner, 'began', began, 'ends', ends)
+  end
+  redis.call('PEXPIREAT', KEYS[1], math.max(ends, now + ARGV[3]))
+  redis.call('PEXPIREAT', KEYS[2], math.max(ends, now + ARGV[3]))
+end
+return {{owner, began, ends, redis.call('LRANGE', KEYS[2], 0, -1)}}
+"""
+
+# ARGV: the lock's token, "" for a session that is stored only now; the owner; the time to live;
+# and, with a turn, how many are kept, how long it took, and its JSON up to its times. The lock goes
+# first: whatever fails after it, the session is free.
+END = f"""{NOW}
+if ARGV[1] ~= '' then
+  if redis.call('GET', KEYS[3]) ~= ARGV[1] then
+    return 'lost'
+  end
+  redis.call('DEL', KEYS[3])
+end
+local asked = now - (ARGV[5] or 0)
+local new = redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1
+if new then
+  redis.call('HSET', KEYS[1], 'began', asked)
+end
+if ARGV[4] then
+  local times = string.format(',%.3f,%.3f]', asked / 1000, now / 1000)
+  redis.call('RPUSH', KEYS[2], ARGV[6] .. times)
+  redis.call('LTRIM', KEYS[2], -ARGV[4], -1)
+end
+if new or ARGV[4] then
+  redis.call('HSET', KEYS[1], 'ends', now + ARGV[3])
+end
+local ends = redis.call('HGET', KEYS[1], 'ends')
+redis.call('PEXPIREAT', KEYS[1], ends)
+redis.call('PEXPIREAT', KEYS[2], ends)
+return 'ended'
+"""
+
+# ARGV: who asks.
+DELETE = """
+local owner = redis.call('HGET', KEYS[1], 'owner')
+if owner ~= ARGV[1] and owner ~= 'anyone' then
+  return 'unknown'
+end
+if redis.call('EXISTS', KEYS[3]) == 1 then
+  return 'busy'
+end
+return redis.call('DEL', KEYS[1], KEYS[2])
+"""
+
+# KEYS: those of every session whose answer runs here. ARGV: the lease, then their locks' tokens.
+RENEW = f"""{NOW}
+for number = 2, #ARGV do
+  local session, turns, lock = unpack(KEYS, number * 3 - 5, number * 3 - 3)
+  if redis.call('GET', lock) == ARGV[number] then
+    local ends = math.max(redis.call('HGET', session, 'ends'), now + ARGV[1])
+    redis.call('PEXPIRE', lock, ARGV[1])
+    redis.call('PEXPIREAT', session, ends)
+    redis.call('PEXPIREAT', turns, ends)
+  end
+end
+"""
+
+# What a script returns is the script's to say; see above.
+Ask = Callable[..., Awaitable[Any]]
+
+
+class Server:
+    """The Redis at `url`. Raises SettingsError if it does not answer now, or may forget what it was
+    given."""
+
+    def __init__(self, url: str) -> None:
+        # Without HELLO and CLIENT SETINFO a new connection costs no further trip.
+        plain: dict[str, Any] = {"protocol": 2, "driver_info": None}
+        try:
+            with BlockingRedis.from_url(url, socket_timeout=1, retry=None, **plain) as client:
+                memory = client.info("memory")
+            # Its own timeouts would cost a task for each command; `script` has one for all.
+            self._pool = BlockingConnectionPool.from_url(
+                url, max_connections=MAX_CONNECTIONS, timeout=None, socket_timeout=None, **plain
+            )
+        except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+            raise SettingsError(f"STATE_URL: Redis does not serve: {error}") from None
+        except (exceptions.RedisError, ValueError, TypeError) as error:
+            # Their texts may quote the user's name or the password.
+            problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"
+            raise SettingsError(f"STATE_URL: {problem}") from None
+        if memory["maxmemory"] and memory["maxmemory_policy"] != "noeviction":
+            problem = f"forgets when it is full ({memory['maxmemory_policy']}): set noeviction"
+            raise SettingsError(f"STATE_URL: this Redis {problem}")
+        self._client = Redis.from_pool(self._pool)
+
+    def script(self, text: str) -> Ask:
+        """`await ask(keys, *args)` runs the script in one round trip. Raises StateUnavailable."""
+        run = self._client.register_script(text)
+
+        async def ask(keys: Sequence[str], *args: str | bytes | int) -> Any:
+            try:
+                async with asyncio.timeout(TRIP_SECONDS):
+                    return await run(keys, args)
+            except (exceptions.RedisError, OSError) as error:
+                raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from error
+
+        return ask
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+class RedisLimiter:
+    """A bucket for each caller, of one rate, shared by all who use this Redis. Raises SettingsError
+    for a rate that can't be counted there."""
+
+    def __init__(self, server: Server, rate: Rate) -> None:
+        self.rate = rate
+        self._take = server.script(TAKE)
+        token = rate.seconds * MICROSECONDS
+        # Shares that only ever come and go together are counted as one.
+        self._together = math.gcd(token, rate.limit)
+        token, flow = token // self._together, rate.limit // self._together
+        if rate.limit * token > EXACT:
+            rough = f"{rate.limit} in {rate.seconds} s"
+            raise SettingsError(f"RATE_LIMIT: Redis can't count {rough}; take a rounder number")
+        self._sizes = (token, rate.limit * token, flow)
+
+    async def take(self, caller: Caller) -> Verdict:
+        """One token of the caller's bucket. Raises StateUnavailable."""
+        key = f"chat:bucket:{self.rate.limit}/{self.rate.seconds}:{caller.owner}"
+        allowed, shares = await self._take([key], *self._sizes)
+        return told(bool(allowed), shares * self._together, self.rate)
+
+
+class RedisStore(SessionStore):
+    """Sessions in Redis, which forgets them by itself when their time is over. Ids are stored as
+    SHA-256, as in SQLite; times are Redis's."""
+
+    def __init__(self, server: Server, *, ttl: float, max_chars: int) -> None:
+        self._server = server
+        self._view, self._end = server.script(OPEN), server.script(END)
+        self._delete, self._renew = server.script(DELETE), server.script(RENEW)
+        self._ttl = ttl
+        self._max_chars = max_chars
+        # The keys of the sessions whose answers run here, by their locks' tokens.
+        self._held: dict[str, Sequence[str]] = {}
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def open(self, owner: str, session_id: str | None) -> Session:
+        if session_id is None:
+            return issue(owner, time.time(), self._ttl)
+        token = secrets.token_urlsafe(16)
+        new = () if ISSUED.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
+        session = await self._find(owner, session_id, token, LEASE_MILLISECONDS, *new)
+        self._held[token] = _keys(owner, session_id)
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._keep_renewing())
+        return replace(session, incarnation=token)
+
+    async def end(self, session: Session, turn: Turn | None) -> None:
+        token = str(session.incarnation or "")
+        self._held.pop(token, None)
+        said: tuple[int, int, bytes] | tuple[()] = ()
+        if turn is not None:
+            text = to_json(turn[:3])[:-1]
+            count = len(kept([*session.turns, turn], self._max_chars))
+            took = max(0, round((turn.answered_at - turn.asked_at) * 1000))
+            said = (count, took, text)
+        keys, ttl = _keys(session.owner, session.id), math.ceil(self._ttl * 1000)
+        if await self._end(keys, token, session.owner, ttl, *said) == b"lost":
+            raise errors.StateUnavailable(LOST)
+
+    async def read(self, owner: str, session_id: str) -> Session:
+        return await self._find(owner, session_id)
+
+    async def delete(self, owner: str, session_id: str) -> None:
+        _refuse(await self._delete(_keys(owner, session_id), owner))
+
+    async def sweep(self) -> None:
+        """Redis does."""
+
+    async def check(self) -> None:
+        await self._renew([], LEASE_MILLISECONDS)
+
+    async def aclose(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        await self._server.aclose()
+
+    async def _find(self, owner: str, session_id: str, *lock: str | int) -> Session:
+        found = _refuse(await self._view(_keys(owner, session_id), owner, *lock))
+        holder, began, ends, turns = found
+        history = kept(
+            [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))], self._max_chars
+        )
+        return Session(
+            session_id, holder.decode(), None, int(began) / 1000, int(ends) / 1000, history
+        )
+
+    async def _keep_renewing(self) -> None:
+        """The leases of all answers that run here, together, for as long as there are any."""
+        while self._held:
+            await asyncio.sleep(LEASE_MILLISECONDS / 4000)
+            keys = [key for keys in self._held.values() for key in keys]
+            # One that could not be renewed now may be yet, until it is over.
+            with suppress(errors.StateUnavailable):
+                await self._renew(keys, LEASE_MILLISECONDS, *self._held)
+
+
+def _keys(owner: str, session_id: str) -> Sequence[str]:
+    """Of the session, its turns and its lock. An id of one's own choice is its owner's alone."""
+    holder = "" if ISSUED.fullmatch(session_id) else owner
+    digest = hashlib.sha256(f"{holder} {session_id}".encode()).hexdigest()
+    return [f"chat:{part}:{digest}" for part in ("session", "turns", "lock")]
+
+
+def _refuse(reply: Any) -> Any:
+    """What a script returned, if it is not one of the two words for no."""
+    if reply == b"unknown":
+        raise errors.SessionNotFound("There is no such session, or it is not yours.")
+    if reply == b"busy":
+        raise errors.SessionBusy(BUSY, retry_after=1)
+    return reply
