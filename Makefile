@@ -21,7 +21,11 @@ test: $(VENV)/dev ## the tests that need nothing but Python
 	@$(BIN)/coverage report
 
 test-all: $(VENV)/all ## the tests that take real servers or many minutes
-	@$(BIN)/python -m pytest -q -n 2 -m slow
+	@$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/test_redis_state.py --ignore tests/test_stores.py
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run --source redis_state -m pytest -q -n 2 -m slow tests/test_redis_state.py tests/test_stores.py
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report --include redis_state.py
 
 soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over three minutes
 	@$(BIN)/python -m tests.soak

@@ -11,7 +11,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 
 import errors
-from ratelimit import MICROSECONDS, Caller, Verdict, told
+from ratelimit import MICROSECONDS, Caller, RateLimiter, Verdict, told
 from sessions import BUSY, ISSUED, Session, SessionStore, Turn, issue, kept
 from settings import Rate, SettingsError
 
@@ -137,7 +137,7 @@ RENEW = f"""{NOW}
 for number = 2, #ARGV do
   local session, turns, lock = unpack(KEYS, number * 3 - 5, number * 3 - 3)
   if redis.call('GET', lock) == ARGV[number] then
-    local ends = math.max(redis.call('HGET', session, 'ends'), now + ARGV[1])
+    local ends = math.max(redis.call('HGET', session, 'ends') or 0, now + ARGV[1])
     redis.call('PEXPIRE', lock, ARGV[1])
     redis.call('PEXPIREAT', session, ends)
     redis.call('PEXPIREAT', turns, ends)
@@ -147,6 +147,15 @@ end
 
 # What a script returns is the script's to say; see above.
 Ask = Callable[..., Awaitable[Any]]
+
+
+def shared_state(
+    url: str, rates: Mapping[str, Rate], *, ttl: float, max_chars: int
+) -> tuple[Mapping[str, RateLimiter], SessionStore]:
+    """A limiter for each rate, and the sessions, in the Redis at `url`. Raises SettingsError."""
+    server = Server(url)
+    limiters = {kind: RedisLimiter(server, rate) for kind, rate in rates.items()}
+    return limiters, RedisStore(server, ttl=ttl, max_chars=max_chars)
 
 
 class Server:
@@ -160,7 +169,7 @@ class Server:
             with BlockingRedis.from_url(url, socket_timeout=1, retry=None, **plain) as client:
                 memory = client.info("memory")
             # Its own timeouts would cost a task for each command; `script` has one for all.
-            self._pool = BlockingConnectionPool.from_url(
+            pool = BlockingConnectionPool.from_url(
                 url, max_connections=MAX_CONNECTIONS, timeout=None, socket_timeout=None, **plain
             )
         except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
@@ -169,10 +178,10 @@ class Server:
             # Their texts may quote the user's name or the password.
             problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"
             raise SettingsError(f"STATE_URL: {problem}") from None
-        if memory["maxmemory"] and memory["maxmemory_policy"] != "noeviction":
+        if memory.get("maxmemory") and memory["maxmemory_policy"] != "noeviction":
             problem = f"forgets when it is full ({memory['maxmemory_policy']}): set noeviction"
             raise SettingsError(f"STATE_URL: this Redis {problem}")
-        self._client = Redis.from_pool(self._pool)
+        self._client = Redis.from_pool(pool)
 
     def script(self, text: str) -> Ask:
         """`await ask(keys, *args)` runs the script in one round trip. Raises StateUnavailable."""

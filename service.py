@@ -357,12 +357,10 @@ def make_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionSt
     rates = {"anonymous": settings.rate_limit, "key": settings.rate_limit_api_key}
     limited = {kind: rate for kind, rate in rates.items() if rate}
     if url.startswith("redis"):
-        # Who keeps no state there need not load the client.
-        from redis_state import RedisLimiter, RedisStore, Server
+        # Whoever keeps nothing there need not load the client.
+        from redis_state import shared_state
 
-        shared = Server(url)
-        limiters = {kind: RedisLimiter(shared, rate) for kind, rate in limited.items()}
-        return limiters, RedisStore(shared, ttl=ttl, max_chars=chars)
+        return shared_state(url, limited, ttl=ttl, max_chars=chars)
     path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
     store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
     return {kind: Limiter(rate, _microseconds) for kind, rate in limited.items()}, store

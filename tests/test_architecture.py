@@ -27,7 +27,7 @@ VALUES = {
     "chat": {"providers": {"Completion", "Pieces"}, "server": {"ABORT"}},
     # The interfaces that it fills, and what else fills them does alike.
     "redis_state": {
-        "ratelimit": {"MICROSECONDS", "Caller", "Verdict", "told"},
+        "ratelimit": {"MICROSECONDS", "Caller", "RateLimiter", "Verdict", "told"},
         "sessions": {"BUSY", "ISSUED", "Session", "SessionStore", "Turn", "issue", "kept"},
     },
 }

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -375,6 +376,20 @@ def test_a_state_url_that_cannot_be_used_stops_the_start_in_one_line_and_changes
     assert "sqlite:///PATH" in line
     assert "\n" not in line
     assert (file.read_bytes() if file.is_file() else None) == before
+
+
+def test_a_redis_that_is_not_there_stops_the_start() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        settings = from_env({"STATE_URL": f"redis://user:password@{address}/0"})
+        with pytest.raises(SettingsError) as refusal:
+            create_app(settings, logging.Logger("test"), Drain())
+    line = str(refusal.value)
+    assert line.startswith("STATE_URL: Redis does not serve: ")
+    assert address in line
+    assert "user" not in line
+    assert "password" not in line
 
 
 @contextmanager

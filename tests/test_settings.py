@@ -204,8 +204,9 @@ def test_nobody_may_call_is_refused() -> None:
 @pytest.mark.parametrize("show", [repr, str, lambda s: f"{s.upstreams}", lambda s: f"{s.api_keys}"])
 def test_no_way_of_printing_settings_shows_a_secret(show: Callable[[Settings], str]) -> None:
     env = {**OPENAI, **GROQ, "GROQ_API_KEY": GROQ_KEY, "API_KEYS": f"app:{CALLER_KEY}"}
-    shown = show(from_env(env))
-    assert [key for key in (OPENAI_KEY, GROQ_KEY, CALLER_KEY) if key in shown] == []
+    shown = show(from_env({**env, "STATE_URL": "redis://user:password@127.0.0.1"}))
+    secrets = (OPENAI_KEY, GROQ_KEY, CALLER_KEY, "user:password")
+    assert [secret for secret in secrets if secret in shown] == []
 
 
 def test_a_key_of_a_caller_is_not_even_kept() -> None:
@@ -240,6 +241,7 @@ def test_a_key_of_a_caller_is_not_even_kept() -> None:
         ({"OPENAI_BASE_URL": "https://host/v1?key=hush"}, "hush", "takes a plain URL"),
         ({"GROQ_BASE_URL": "https://me:hush@host/v1", "PROVIDERS": "groq"}, "hush", "plain URL"),
         ({"CORS_ORIGINS": "https://me:hush@host"}, "hush", "takes exact origins"),
+        ({"STATE_URL": "http://me:hush@host"}, "hush", "redis://HOST"),
     ],
 )
 def test_a_refusal_names_the_variable_and_what_it_takes_and_holds_no_secret(
@@ -441,7 +443,7 @@ def test_an_unknown_name_gives_a_warning_that_offers_the_nearest_known_one(
 
 
 def test_all_that_is_read_is_known() -> None:
-    secrets = ("OPENAI_API_KEY_FILE", "API_KEYS_FILE", "GROQ_API_KEY_FILE")
+    secrets = ("OPENAI_API_KEY_FILE", "API_KEYS_FILE", "STATE_URL_FILE", "GROQ_API_KEY_FILE")
     names = [*variables(), *secrets, "GROQ_BASE_URL", "GROQ_API_KEY"]
     assert unknown_variables(names, from_env(GROQ)) == []
 
