@@ -29,7 +29,7 @@ INTRODUCTION = """\
 # As it stands this file changes nothing: without a key a mock answers. What is commented out is
 # unset by default; an empty value is an unset one; the environment wins over this file.
 # A secret may stand in a mounted file instead: OPENAI_API_KEY_FILE=/run/secrets/openai, and the
-# same with API_KEYS_FILE and with the key of each of PROVIDERS.
+# same with API_KEYS_FILE, STATE_URL_FILE and with the key of each of PROVIDERS.
 """
 # What a provider of that name adds to the variables.
 EXAMPLES = {
