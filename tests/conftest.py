@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp, Message
 
 from providers import LLMProvider
 from server import Drain, Server
@@ -114,6 +115,19 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
         await server.lifespan.shutdown()
         await _end(asyncio.all_tasks() - before)
         assert not handler.leaked
+
+
+async def give_back(app: ASGIApp) -> None:
+    """Start and end an app that no server runs: what it holds is closed."""
+    said = iter(("lifespan.startup", "lifespan.shutdown"))
+
+    async def receive() -> Message:
+        return {"type": next(said)}
+
+    async def send(message: Message) -> None:
+        assert message["type"].endswith(".complete"), message
+
+    await app({"type": "lifespan"}, receive, send)
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:

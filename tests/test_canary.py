@@ -18,7 +18,7 @@ from server import Drain
 from service import create_app
 from settings import from_env
 from tests.client import CANARY, JSON, Client
-from tests.conftest import PATIENCE_SECONDS, StartUpstream
+from tests.conftest import PATIENCE_SECONDS, StartUpstream, give_back
 from tests.test_architecture import MODULES
 from tests.test_telemetry import a_log
 from tests.upstream import Connection, delta, event, http_chunk, response
@@ -120,7 +120,7 @@ async def test_no_key_and_no_message_leaves_the_process(
     assert [key for key in (*KEYS, MESSAGE) if key.encode() in left] == []
 
 
-def test_no_object_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_object_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = from_env(
         {
             "OPENAI_API_KEY": PROVIDER,
@@ -138,3 +138,4 @@ def test_no_object_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "".join(f"{thing!r} {thing!s}" for thing in [*ours, app, settings])
     shown += repr(settings.model_dump())
     assert [key for key in KEYS if key in shown] == []
+    await give_back(app)

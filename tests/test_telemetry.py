@@ -28,7 +28,7 @@ from telemetry import (
     short_hash,
 )
 from tests.client import JSON
-from tests.conftest import Log, StartService, StartUpstream
+from tests.conftest import Log, StartService, StartUpstream, give_back
 from tests.upstream import DONE, END, HEAD, Connection, delta, event, http_chunk, response
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -191,6 +191,7 @@ async def test_a_defect_is_answered_500_with_the_id_and_logged_with_its_trace_al
     assert "RuntimeError" in line["trace"]
     assert "raise RuntimeError(told)" in line["trace"]
     assert told not in handler.lines[0] + str(sent)
+    await give_back(app)
 
 
 @pytest.mark.parametrize("status", [None, 200])
