@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all soak fuzz check audit openapi docs lock clean
+.PHONY: help run test test-all soak fuzz check rehearse audit openapi docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ check: $(VENV)/dev ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy .
 
+rehearse: $(VENV)/dev ## run a client against every ending: CLIENT='node examples/ask.mjs'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.rehearse $(CLIENT)
+
 audit: $(VENV)-audit/ready ## ask for known weaknesses of the locked packages; write sbom.cdx.json
 	@$(VENV)-audit/bin/python -m tools.audit
 
@@ -45,8 +48,7 @@ openapi: $(VENV)/dev ## write static/openapi.json from the models
 	@$(BIN)/python -m tools.openapi
 
 docs: openapi ## that, .env.example and the tables of the README
-	@$(BIN)/python -m tools.configuration
-	@$(BIN)/python -m tools.dependencies
+	@$(BIN)/python -m tools.readme
 
 lock: ## write requirements*.txt anew from pyproject.toml; needs uv
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \

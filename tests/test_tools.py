@@ -10,7 +10,12 @@ import pytest
 
 from tools import configuration, dependencies
 from tools.audit import ROOT, verdict
-from tools.readme import part
+from tools.readme import PARTS, README, split
+
+
+def part(name: str) -> str:
+    """A part of the README that is made from the code."""
+    return split(README.read_text(encoding="utf-8"), name)[1]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -20,11 +25,15 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_readme_lists_every_locked_package_as_it_is() -> None:
-    assert rows(part(dependencies.PART)) == rows(dependencies.table())
+    assert rows(part("dependencies")) == rows(dependencies.table())
 
 
-def test_the_settings_are_explained_as_the_code_explains_them() -> None:
-    assert part(configuration.PART) == configuration.table(), "run `make docs`"
+@pytest.mark.parametrize("name", ["endings", "settings"])
+def test_the_readme_says_what_the_code_says(name: str) -> None:
+    assert part(name) == PARTS[name](), "run `make docs`"
+
+
+def test_the_example_of_an_env_says_what_the_code_says() -> None:
     assert configuration.EXAMPLE.read_text(encoding="utf-8") == configuration.example()
 
 

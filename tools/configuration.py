@@ -1,7 +1,5 @@
-"""Writes what there is to read of the settings, .env.example and the README's table, from
-settings.py: its fields, their bounds and defaults, and the comments above them.
-
-`python -m tools.configuration`; `make docs` runs it.
+"""What there is to read of the settings, .env.example and the README's table, made of settings.py:
+its fields, their bounds and defaults, and the comments above them.
 """
 
 import re
@@ -11,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from settings import RATE_UNITS, Rate, Settings
-from tools.readme import write_part
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / ".env.example"
-PART = "settings"
 HEAD = "| variable | default | takes | |\n|---|---|---|---|\n"
 # In settings.py a heading, or a comment of some lines and the field below it.
 ENTRY = re.compile(r"^    # ---- (.+)\n|^((?:    # .+\n)+)    ([a-z_]+): ", re.MULTILINE)
@@ -122,12 +118,3 @@ def table() -> str:
         default = f"`{entry.default}`" if entry.default else ""
         rows.append(f"| `{entry.name.upper()}` | {default} | {entry.takes} | {entry.why} |\n")
     return HEAD + "".join(rows)
-
-
-def main() -> None:
-    EXAMPLE.write_text(example(), encoding="utf-8")
-    write_part(PART, table())
-
-
-if __name__ == "__main__":
-    main()

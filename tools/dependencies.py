@@ -9,10 +9,7 @@ import re
 from importlib.metadata import Distribution, distribution, requires
 from pathlib import Path
 
-from tools.readme import write_part
-
 ROOT = Path(__file__).parent.parent
-PART = "dependencies"
 HEAD = "| package | version | licence | size | why |\n|---|---|---|--:|---|\n"
 
 
@@ -71,11 +68,3 @@ def table() -> str:
         cells = (name, packages[name], licence(package), f"{size(package) / 1e3:,.0f} kB", told)
         rows.append(f"| {' | '.join(cells)} |\n")
     return HEAD + "".join(rows)
-
-
-def main() -> None:
-    write_part(PART, table())
-
-
-if __name__ == "__main__":
-    main()
