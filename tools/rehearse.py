@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGKILL
@@ -27,6 +27,8 @@ HEAD = "| model | what you get | what a good client does |\n|---|---|---|\n"
 MESSAGE = "Hello, is anybody there?"
 # The longest ending takes about 4 s; a client that takes so long waits for something.
 PATIENCE_SECONDS = 30.0
+# By now an answer of mock/slow has begun and is not over.
+ACT_SECONDS = 2.0
 # Endings that take a minute elsewhere come soon, and errors without a retry before them.
 ENV = {
     "PORT": "0",
@@ -174,8 +176,9 @@ class Run:
 Act = Callable[[int], object]
 
 
-async def run(command: list[str], url: str, model: str, act: Act = lambda pid: None) -> Run:
-    """Run the client; `act` is called with its process id when it has printed something."""
+async def run(command: list[str], url: str, model: str, act: Act | None = None) -> Run:
+    """Run the client; `act` is called with its process id when it has printed something, or should
+    have."""
     client = await asyncio.create_subprocess_exec(
         *command,
         env={**os.environ, "CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": MESSAGE},
@@ -187,8 +190,11 @@ async def run(command: list[str], url: str, model: str, act: Act = lambda pid: N
     first = b""
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            first = await output(client).read(2**16)
-            act(client.pid)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ACT_SECONDS if act else None):
+                    first = await output(client).read(2**16)
+            if act:
+                act(client.pid)
             rest, told = await client.communicate()
     except TimeoutError:
         os.killpg(client.pid, SIGKILL)
@@ -218,6 +224,12 @@ def faults(expected: Answer, done: Run) -> list[str]:
     return found
 
 
+def interrupt(pid: int) -> None:
+    # It may have ended by itself.
+    with suppress(ProcessLookupError):
+        os.killpg(pid, SIGINT)
+
+
 async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
     """Each ending, and what the client did wrong there."""
     async with running_service() as service:
@@ -231,7 +243,7 @@ async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
             yield f"{ending.model}: {expected.code or 'done'}", found
 
         before = len(service.outcomes)
-        done = await run(command, service.url, "mock/slow", lambda pid: os.killpg(pid, SIGINT))
+        done = await run(command, service.url, "mock/slow", interrupt)
         await service.until(lambda: len(service.outcomes) > before)
         gone = "client_gone" in service.outcomes[before:]
         yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["read on"])
