@@ -91,6 +91,7 @@ class Running:
 async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncIterator[Running]:
     """The service with these variables, on a free port of 127.0.0.1. When the block ends it has to
     have given back every stream slot and task that requests of the block took."""
+    assert env.get("OPENAI_API_KEY", CANARY) == CANARY, "another key is not looked for"
     before = asyncio.all_tasks()
     settings = from_env({"PORT": "0", "STATE_URL": "memory://", **env})
     handler = Log()

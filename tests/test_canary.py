@@ -59,9 +59,45 @@ async def echo(request: Connection) -> None:
 FAULTS = ("refuses", "page", "phrase", "headers", "breaks", "nonsense", "hangs", "answers")
 
 
+# Where a caller's key does not belong.
+MISTAKES: list[tuple[str, str, dict[str, str]]] = [
+    ("GET", f"/{CALLER}?key={CALLER}", {}),
+    ("GET", f"/api/v1/sessions/{CALLER}", {}),
+    ("GET", f"/metrics?{CALLER}", {"cookie": CALLER, "x-api-key": CALLER}),
+    ("POST", f"/api/v1/chat?key={CALLER}", {"authorization": f"Basic {CALLER}", "referer": CALLER}),
+]
+
+
 def children(process: int) -> str:
     """The processes that its main thread has started."""
     return Path(f"/proc/{process}/task/{process}/children").read_text()
+
+
+async def answers_to_all(url: str) -> bytes:
+    """What the service at `url` answers to each model and fault, each mistake, and a scrape."""
+    answers = b""
+    for model in ("openai/m", "local/m"):
+        for fault in FAULTS:
+            for key in (CALLER, WRONG):
+                client = await Client.connect(url)
+                fields = {"message": f"{MESSAGE} {fault}", "model_id": model}
+                headers = {**JSON, "authorization": f"Bearer {key}", "x-request-id": "mine"}
+                reply = await client.ask(
+                    "POST", "/api/v1/chat", json.dumps(fields).encode(), headers
+                )
+                answers += repr(reply.headers).encode() + await reply.body()
+                client.leave()
+    for method, path, headers in MISTAKES:
+        client = await Client.connect(url)
+        body = json.dumps({"message": MESSAGE}).encode()
+        reply = await client.ask(method, path, body, {**JSON, **headers})
+        answers += repr(reply.headers).encode() + await reply.body()
+        client.leave()
+    client = await Client.connect(url)
+    refused = await client.chat(f"{MESSAGE} {'x' * 9000}", message2=MESSAGE)
+    answers += await refused.body() + await (await client.ask("GET", "/metrics")).body()
+    client.leave()
+    return answers
 
 
 async def test_no_key_and_no_message_leaves_the_process(
@@ -79,6 +115,7 @@ async def test_no_key_and_no_message_leaves_the_process(
         "API_KEYS": f"app:{CALLER}",
         "HTTPS_PROXY": f"http://user:{PROXY}@127.0.0.1:9",
         "MAX_RETRIES": "0",
+        "RATE_LIMIT": "off",
         "LOG_LEVEL": "debug",
         "PYTHONFAULTHANDLER": "1",
         "DEFAULT_MODEL": "local/m",
@@ -93,27 +130,17 @@ async def test_no_key_and_no_message_leaves_the_process(
     while b"Listening on " not in said:
         said += await process.stdout.readline()
     url = json.loads(said.splitlines()[-1])["event"].split()[2].rstrip(";")
-    answers = b""
-    for model in ("openai/m", "local/m"):
-        for fault in FAULTS:
-            for key in (CALLER, WRONG):
-                client = await Client.connect(url)
-                fields = {"message": f"{MESSAGE} {fault}", "model_id": model}
-                headers = {**JSON, "authorization": f"Bearer {key}", "x-request-id": "mine"}
-                reply = await client.ask(
-                    "POST", "/api/v1/chat", json.dumps(fields).encode(), headers
-                )
-                answers += repr(reply.headers).encode() + await reply.body()
-                client.leave()
-    client = await Client.connect(url)
-    refused = await client.chat(f"{MESSAGE} {'x' * 9000}", message2=MESSAGE)
-    answers += await refused.body() + await (await client.ask("GET", "/metrics")).body()
-    client.leave()
-    assert len(provider.requests) == 2 * len(FAULTS)
-    assert children(process.pid) == ""
-    process.send_signal(signal.SIGABRT)
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        out, crash = await process.communicate()
+    try:
+        answers = await answers_to_all(url)
+        assert children(process.pid) == ""
+        process.send_signal(signal.SIGABRT)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            out, crash = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+    assert len(provider.requests) == 2 * len(FAULTS) + 1
     assert b"Fatal Python error: Aborted" in crash
     assert said.count(b"is not a setting") == 1
     left = said + out + crash + answers

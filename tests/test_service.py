@@ -495,7 +495,7 @@ async def test_a_client_may_wait_to_be_told_to_send_its_body(relay: Relay) -> No
 async def test_a_model_that_is_not_allowed_is_refused_with_those_that_are(
     service: StartService,
 ) -> None:
-    app = await service(OPENAI_API_KEY="sk-1", MODELS="gpt-4o-mini,gpt-9")
+    app = await service(OPENAI_API_KEY=CANARY, MODELS="gpt-4o-mini,gpt-9")
     reply = await app.chat(model_id="gpt-8")
     assert reply.status == 422
     problem = "is not a model of this service; it has gpt-4o-mini, gpt-9"
@@ -971,7 +971,7 @@ async def test_what_is_asked_often_needs_no_token_and_answers_head_too(
     service: StartService, path: str, body: object
 ) -> None:
     app = await service(
-        OPENAI_API_KEY="sk-1",
+        OPENAI_API_KEY=CANARY,
         MODELS="gpt-4o-mini,gpt-9",
         RATE_LIMIT="1/day",
         API_KEYS="me:0123456789abcdefghij",

@@ -27,7 +27,7 @@ from telemetry import (
     short_address,
     short_hash,
 )
-from tests.client import JSON
+from tests.client import CANARY, JSON
 from tests.conftest import Log, StartService, StartUpstream, give_back
 from tests.upstream import DONE, END, HEAD, Connection, delta, event, http_chunk, response
 
@@ -294,8 +294,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
         await request.answer("Hel", "lo")
 
     provider = await upstream(script)
-    key = "sk-of-0123456789abcdefghij"
-    app = await service(OPENAI_API_KEY=key, OPENAI_BASE_URL=provider.url)
+    app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     client = await app.connect()
     reply = await client.chat("Sesame", {"traceparent": TRACEPARENT}, session_id="my-session")
     await reply.events()
@@ -326,7 +325,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
     assert 0 <= line["own_ms"] <= line["ms"]
     assert 0 <= line["first_piece_ms"] <= line["ms"]
     assert provider.requests[0].headers["traceparent"] == TRACEPARENT
-    for secret in ("Sesame", "Hel", "my-session", key, "127.0.0.1"):
+    for secret in ("Sesame", "Hel", "my-session", CANARY, "127.0.0.1"):
         assert secret not in app.log.lines[-1]
 
 
@@ -366,7 +365,7 @@ async def test_what_a_provider_calls_things_is_logged_as_a_name_or_not_at_all(
         await request.send(head + http_chunk(event(chunk)) + http_chunk(DONE) + END)
 
     provider = await upstream(script)
-    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     await (await app.chat()).events()
     line = await app.log.request()
     assert (line["outcome"], line["model"], line["finish_reason"]) == ("done", None, None)
@@ -377,7 +376,7 @@ async def test_a_line_says_why_each_attempt_failed_in_the_end(service: StartServ
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
     app = await service(
-        OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=url, MAX_RETRIES="0", FALLBACK_MODELS="mock/error"
+        OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=url, MAX_RETRIES="0", FALLBACK_MODELS="mock/error"
     )
     await (await app.chat()).body()
     line = await app.log.request()
@@ -567,7 +566,7 @@ async def test_a_chat_leaves_these_numbers(service: StartService, upstream: Star
         await request.answer("Hel", "lo")
 
     provider = await upstream(script)
-    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     await (await app.chat()).events()
     await app.log.request()
     found = series((await (await app.get("/metrics")).body()).decode())
@@ -600,7 +599,7 @@ async def test_retries_and_failovers_are_counted_by_the_error_before_them(
             await request.answer("Hello")
 
     provider = await upstream(script)
-    env = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": provider.url, "FALLBACK_MODELS": "other"}
+    env = {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": provider.url, "FALLBACK_MODELS": "other"}
     app = await service(**env)
     await (await app.chat()).events()
     await app.log.request()
@@ -674,7 +673,7 @@ async def test_token_counts_that_make_no_sense_spoil_neither_the_answer_nor_the_
         await request.send(END)
 
     provider = await upstream(script)
-    app = await service(OPENAI_API_KEY="sk-1", OPENAI_BASE_URL=provider.url)
+    app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "Hi"
     assert (await app.log.request())["outcome"] == "done"
