@@ -227,7 +227,9 @@ def drawn(panel: Panel, lines: list[Line], seconds: float) -> str:
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         x, y = 10 + number % 2 * 165, TOP + PLOT + 28 + number // 2 * 13
-        parts.append(f'<text x="{x}" y="{y}" fill="{colour}" font-size="10">{escape(line.name)}</text>')
+        parts.append(
+            f'<text x="{x}" y="{y}" fill="{colour}" font-size="10">{escape(line.name)}</text>'
+        )
     return "".join(parts)
 
 
