@@ -221,7 +221,7 @@ class EventStream:
         self._text: list[str] = []
         self._size = 0
         self._departed: Departure | None = None
-        self._committed = self._begun = False
+        self._committed = self._headed = self._begun = False
         self._relaying = anyio.CancelScope()
         # Set while a heartbeat is being sent: the status line must not be overtaken by a piece.
         self._beat: anyio.Event | None = None
@@ -299,10 +299,12 @@ class EventStream:
     async def _transmit(self, body: bytes, *, last: bool = False) -> None:
         before = self._writing_since = self._now()
         try:
-            if not self._committed:
+            if not self._headed:
                 self._committed = True
                 headers = [*STREAM_HEADERS, (b"x-session-id", self.session_id.encode())]
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+                # Not before: an early end may have come while nothing was taken.
+                self._headed = True
             await self._send({"type": "http.response.body", "body": body, "more_body": not last})
         except OSError:
             # ASGI's way, from its version 2.4 on, to say that nobody is there.

@@ -722,6 +722,18 @@ async def test_no_end_is_written_where_not_even_the_head_was_taken(
     assert stage.happened == ["closed", "settled", "aborted"]
 
 
+async def test_an_end_that_comes_before_the_head_was_taken_brings_the_head() -> None:
+    stage = Stage(["a"], DONE)
+    # A client that has not yet read the answer before this one.
+    stage.on_send = first(stage.stall)
+    ending = Overloaded("It ends early.")
+    asyncio.get_running_loop().call_later(1.0, stage.stream.end_early, ending)
+    await stage.play()
+    assert stage.happened == ["closed", "settled", "start", "body"]
+    assert [event["error"]["code"] for event in stage.events] == ["overloaded"]
+    assert stage.settled == [("a", ending)]
+
+
 async def test_a_piece_that_comes_while_a_heartbeat_is_sent_waits_for_it() -> None:
     stage = Stage(20.0, ["a"], DONE)
     stage.on_send = taking(10.0)
