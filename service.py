@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, cast
@@ -232,7 +232,7 @@ class Service:
         provider, _, model = last.model.partition("/")
         # A glob lets callers make up names, which must not become labels.
         model = model if last.model in self.router.known else "other"
-        attempts = [asdict(attempt) for attempt in call.attempts]
+        attempts = [vars(attempt) for attempt in call.attempts]
         for failed, following in pairwise(call.attempts):
             kind = "retry" if failed.model == following.model else "failover"
             self.metrics.again.labels(kind, failed.error).inc()

@@ -12,9 +12,8 @@ import re
 import secrets
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -147,7 +146,8 @@ CREATE INDEX session_expires ON session (expires_at);
 class SQLiteStore(SessionStore):
     """Sessions in one SQLite file, for one process.
 
-    All work is done by one thread, so the event loop never waits for the disk and the locks, which
+    All work is done by one thread, and each change is one statement, which SQLite does whole or not
+    at all. So the event loop never waits for the disk and the locks, which
     are that thread's alone, need no locking of their own; they go with the process. Ids are stored
     as SHA-256: whoever reads the file has the conversations, but not the right to go on with them.
     """
@@ -238,11 +238,8 @@ class SQLiteStore(SessionStore):
     def _create(self, session: Session) -> Session:
         """A new incarnation, in place of one of this id that has expired."""
         row = (_digest(session.id), session.owner, session.created_at, session.expires_at)
-        with self._transaction():
-            self._db.execute("DELETE FROM session WHERE digest = ? AND owner = ?", row[:2])
-            incarnation = self._db.execute(
-                "INSERT INTO session VALUES (NULL, ?, ?, ?, ?, ?)", (*row, to_json(session.turns))
-            ).lastrowid
+        insert = "INSERT OR REPLACE INTO session VALUES (NULL, ?, ?, ?, ?, ?)"
+        incarnation = self._db.execute(insert, (*row, to_json(session.turns))).lastrowid
         return replace(session, incarnation=incarnation)
 
     def _end(self, session: Session, turn: Turn | None) -> None:
@@ -259,10 +256,9 @@ class SQLiteStore(SessionStore):
 
     def _update(self, session: Session) -> None:
         row = (to_json(session.turns), session.expires_at, session.incarnation)
-        with self._transaction():
-            updated = self._db.execute(
-                "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?", row
-            )
+        updated = self._db.execute(
+            "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?", row
+        )
         if not updated.rowcount:
             problem = "The session ended before its answer did; this turn is not stored."
             raise errors.StateUnavailable(problem)
@@ -271,8 +267,7 @@ class SQLiteStore(SessionStore):
         session = self._find(owner, session_id)
         if session.incarnation in self._busy:
             raise errors.SessionBusy(BUSY, retry_after=1)
-        with self._transaction():
-            self._db.execute("DELETE FROM session WHERE incarnation = ?", (session.incarnation,))
+        self._db.execute("DELETE FROM session WHERE incarnation = ?", (session.incarnation,))
 
     def _sweep(self) -> int:
         """How many sessions went; 0 when there is nothing left to do."""
@@ -281,24 +276,13 @@ class SQLiteStore(SessionStore):
             (self._clock(), SWEEP_ROWS + len(self._busy)),
         ).fetchall()
         expired = [row for row in rows if row[0] not in self._busy]
-        with self._transaction():
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
             self._db.executemany("DELETE FROM session WHERE incarnation = ?", expired)
         # Gives the freed pages back to the file system, and with the journal the last copies of
         # what was deleted.
         self._db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
         return len(expired)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            # A full disk may have ended the transaction already.
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
 
 
 BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."

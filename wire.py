@@ -55,7 +55,11 @@ class SSEDecoder:
         events: list[tuple[bytes, bytes]] = []
         if newline:
             self._line += ended
-            for line in bytes(self._line).split(b"\n"):
+            lines = bytes(self._line).split(b"\n")
+            if not self._started:
+                self._started = True
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            for line in lines:
                 self._take_line(line, events)
             self._line.clear()
         self._line += rest
@@ -63,9 +67,6 @@ class SSEDecoder:
         return events
 
     def _take_line(self, line: bytes, events: list[tuple[bytes, bytes]]) -> None:
-        if not self._started:
-            self._started = True
-            line = line.removeprefix(b"\xef\xbb\xbf")
         if not line:
             if self._data:
                 events.append((self._name, b"\n".join(self._data)))
@@ -143,11 +144,15 @@ class ChunkReader:
             self.finish_reason = _known(choice.get("finish_reason"), str) or self.finish_reason
             delta = choice.get("delta") or {}
             for content in (delta.get("content"), delta.get("refusal")):
-                # Mistral sends a list of parts, {"type": "text" or "thinking", …}.
-                parts = content if isinstance(content, list) else [{"text": content}]
-                pieces += [text for part in parts if (text := _known(part.get("text"), str))]
-                alive |= bool(content)
-            alive |= bool(delta.get("reasoning_content") or delta.get("reasoning"))
+                if not content:
+                    continue
+                alive = True
+                if isinstance(content, str):
+                    pieces.append(content)
+                elif isinstance(content, list):
+                    # Mistral's parts, {"type": "text" or "thinking", …}.
+                    pieces += [text for part in content if (text := _known(part.get("text"), str))]
+            alive = alive or bool(delta.get("reasoning_content") or delta.get("reasoning"))
         return alive
 
 
