@@ -23,7 +23,7 @@ import uvloop
 
 from bench.cases import CASES, Figures, Size, Subject, warm
 from bench.load import Questions
-from bench.peers import OPENAI_BODY, PEERS, SERVICE, Peer, Place
+from bench.peers import OPENAI_BODY, PEERS, Peer, Place
 from bench.process import Program, running
 from bench.report import picture, table
 
@@ -115,7 +115,7 @@ def installed(peer: Peer) -> Figures:
     entries = [entry for entry in site.iterdir() if not entry.name.startswith(ours)]
     files = [file for entry in entries for file in (entry, *entry.rglob("*")) if file.is_file()]
     # A wheel may put a program beside the interpreter.
-    files += [file for file in peer.needs.parent.glob("ferrogw")]
+    files += peer.needs.parent.glob("ferrogw")
     packages = sum(entry.name.endswith(".dist-info") for entry in entries)
     size = sum(file.stat().st_size for file in files)
     return {"start.installed": size, "start.packages": packages}
@@ -124,7 +124,8 @@ def installed(peer: Peer) -> Figures:
 def machine() -> str:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     name = cpu[0].partition(":")[2].strip() if cpu else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{name}, {os.cpu_count()} cores, {system}"
 
 
 async def measure(cases: Sequence[str], peers: Sequence[Peer], rounds: int, size: Size) -> None:

@@ -157,7 +157,9 @@ FASTAPI = Peer(
 )
 PEERS = (
     SERVICE,
-    Peer("nginx", "nginx, passing through", Path(shutil.which("nginx") or "/usr/sbin/nginx"), _nginx),
+    Peer(
+        "nginx", "nginx, passing through", Path(shutil.which("nginx") or "/usr/sbin/nginx"), _nginx
+    ),
     Peer("ferro", "Ferro AI gateway (Go)", VENVS / "ferro/bin/ferrogw", _ferro),
     FASTAPI,
     Peer("litellm", "LiteLLM proxy", VENVS / "litellm/bin/litellm", _litellm),

@@ -1,4 +1,4 @@
-"""Programs under measurement: started on one core, asked until they answer, accounted by the kernel.
+"""Programs under measurement: started on a core, asked until they answer, accounted by the kernel.
 
 What a program costs is read from /proc, for all the processes it became.
 """

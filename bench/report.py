@@ -46,7 +46,7 @@ ROWS = (
     Row("hold.ttft_p50", "hold: first piece, p50", "ms"),
     Row("hold.ttft_p99", "hold: first piece, p99", "ms", pictured=True,
         goals={"ferro": 3, "fastapi": 1 / 10}),
-    Row("hold.longest", "hold: slowest stream, of the direct time", "×", limit=1.05),
+    Row("hold.longest", "hold: slowest stream, of the direct time", "x", limit=1.05),
     Row("hold.cpu_us_per_event", "hold: CPU per event", "µs"),
     Row("hold.memory_per_stream", "hold: memory per stream", "KiB", 1 / 1024, pictured=True,
         goals={"ferro": 0.5}),
@@ -164,7 +164,9 @@ def picture(results: Results) -> str:
     """What each peer needs, in multiples of what the service needs, on a logarithmic axis."""
     rows = [row for row in ROWS if row.pictured and own(results, row)]
     height = TOP + STEP * len(rows) + 40
-    body = [_text(16, 26, "What others need, as a multiple of what this service needs", font_size="16")]
+    body = [
+        _text(16, 26, "What others need, as a multiple of what this service needs", font_size="16")
+    ]
     x = 16.0
     for peer in PEERS:
         if peer.name in COLOURS and results.get(peer.name):
@@ -175,13 +177,13 @@ def picture(results: Results) -> str:
         x = _x(10.0**exponent)
         line = "#222" if exponent == 0 else "#ddd"
         body.append(f'<path d="M{x:.0f} {TOP}V{height - 36}" stroke="{line}"/>')
-        label = "this service" if exponent == 0 else f"{10.0**exponent:g}×"
+        label = "this service" if exponent == 0 else f"{10.0**exponent:g}x"
         body.append(_text(x, height - 16, label, text_anchor="middle"))
-    for number_, row in enumerate(rows):
-        y = TOP + STEP * number_ + STEP / 2
+    for place, row in enumerate(rows):
+        y = TOP + STEP * place + STEP / 2
         body.append(_text(LEFT - 12, y + 4, row.title, text_anchor="end"))
-        for peer, colour in COLOURS.items():
-            if found := ratio(results, row, peer):
+        for name, colour in COLOURS.items():
+            if found := ratio(results, row, name):
                 x = _x(1 / found.middle)
                 body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="6" fill="{colour}"/>')
                 told = number(1 / found.middle)
