@@ -117,6 +117,15 @@ HEADERS: Object = {
         "schema": {"type": "string"},
     },
 }
+PARAMETERS: Object = {
+    "X-Request-ID": {
+        "name": "X-Request-ID",
+        "in": "header",
+        "description": "1 to 128 of `A-Z a-z 0-9 . _ : + / = -`, to find the request again. The"
+        " answer has it too; in place of any other, one of the service's own.",
+        "schema": {"type": "string"},
+    },
+}
 # They come with every answer that passed the limiter.
 LIMITS = ("RateLimit-Policy", "RateLimit")
 # Headers of one kind of error.
@@ -145,6 +154,9 @@ ABOUT = """\
 One POST in, one event stream out. Every answer has an `X-Request-ID`, every error the same JSON \
 body. A path that is not listed is answered 404 `not_found`, another method of one that is 405 \
 `method_not_allowed` with `Allow`; a `Host` that the service is not told to answer, a bare 400."""
+MESSAGE = """\
+Has to hold something visible, and at most as many characters as the service allows: 8,000 unless \
+it is told otherwise."""
 STREAM = """\
 The answer, as Server-Sent Events: each event is one `data:` line that holds a ChatEvent in JSON, \
 and a blank line; lines that begin with `:` are to be ignored. Exactly one event with `status` \
@@ -174,7 +186,7 @@ def schemas() -> JsonSchemaValue:
             schema["required"] = list(schema["properties"])
     fields = request["properties"]
     # A validator of our own looks for something visible, once the text is cleaned.
-    fields["message"] |= {"minLength": 1, "description": "Has to hold something visible."}
+    fields["message"] |= {"minLength": 1, "description": MESSAGE}
     fields["model_id"]["description"] = "One of GET /api/v1/models; null or absent: the default."
     fields["session_id"]["description"] = "Of an earlier answer, or your own; absent: a new one."
     request["examples"] = [{"message": "Hello"}]
@@ -216,7 +228,7 @@ def failure(kinds: Iterable[type[ServiceError]], *names: str) -> Object:
 def operation(name: str, summary: str, answers: Object, kinds: Kinds, **more: object) -> Object:
     limits = LIMITS if errors.RateLimited in kinds else ()
     if limits:
-        more["security"] = ANYBODY
+        more |= {"security": ANYBODY, "parameters": [reference("parameters", "X-Request-ID")]}
     for status in sorted({kind.status for kind in kinds}):
         same = (kind for kind in kinds if kind.status == status)
         answers[str(status)] = failure(same, *limits)
@@ -266,9 +278,16 @@ def paths() -> Object:
         "/api/v1/sessions/{session_id}": session,
         "/healthz": get("health", "The process serves", status("ok")),
         "/readyz": get("ready", "It takes new requests", status("ready"), READY),
-        "/metrics": get("metrics", "Prometheus's text", text, media_type="text/plain"),
+        "/metrics": get(
+            "metrics", "Prometheus's text; absent where METRICS=off", text, media_type="text/plain"
+        ),
         "/openapi.json": get("openapi", "This document", {"type": "object"}),
-        "/": get("page", "A page to chat with the service", text, media_type="text/html"),
+        "/": get(
+            "page",
+            "A page to chat with the service; absent where PLAYGROUND=off",
+            text,
+            media_type="text/html",
+        ),
     }
 
 
@@ -283,6 +302,7 @@ def document() -> Object:
         "components": {
             "schemas": schemas(),
             "headers": HEADERS,
+            "parameters": PARAMETERS,
             # Where no operation is: other paths, other methods.
             "responses": {
                 "NotFound": failure([errors.NotFound]),

@@ -244,9 +244,10 @@ async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
 
         before = len(service.outcomes)
         done = await run(command, service.url, "mock/slow", interrupt)
-        await service.until(lambda: len(service.outcomes) > before)
+        with suppress(TimeoutError):
+            await service.until(lambda: {"client_gone", "done"} & {*service.outcomes[before:]})
         gone = "client_gone" in service.outcomes[before:]
-        yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["read on"])
+        yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["did not stop its answer"])
 
         # Last, for the service ends with it.
         done = await run(command, service.url, "mock/slow", lambda pid: service.process.kill())
@@ -267,7 +268,10 @@ async def report(command: list[str]) -> int:
 def main() -> None:
     if not sys.argv[1:]:
         sys.exit("Name your client: make rehearse CLIENT='node examples/ask.mjs'")
-    sys.exit(1 if asyncio.run(report(sys.argv[1:])) else 0)
+    try:
+        sys.exit(1 if asyncio.run(report(sys.argv[1:])) else 0)
+    except OSError as error:
+        sys.exit(f"{sys.argv[1]} can't be run: {error.strerror}")
 
 
 if __name__ == "__main__":
