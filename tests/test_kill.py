@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
@@ -45,13 +45,12 @@ def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
 
 @asynccontextmanager
 async def running_process(
-    file: Path, env: dict[str, str]
+    file: Path, env: dict[str, str], program: Sequence[str] = ("-m", "service")
 ) -> AsyncIterator[tuple[Running, asyncio.subprocess.Process]]:
     """`python -m service`, listening. Killed at the end of the block if it still runs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "service",
+        *program,
         cwd=file.parent,
         env=environment(file, env),
         stdout=subprocess.PIPE,
