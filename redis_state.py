@@ -12,26 +12,27 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from pydantic_core import from_json, to_json
-from redis import Redis as BlockingRedis
-from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis import ConnectionError as NoConnection
+from redis import Redis, RedisError
+from redis import TimeoutError as NoAnswer
+from redis.exceptions import NoScriptError
 
 import errors
 from ratelimit import MICROSECONDS, Caller, RateLimiter, Verdict, told
 from sessions import BUSY, ISSUED, Session, SessionStore, Turn, issue, kept
 from settings import Rate, SettingsError
 
-# For one round trip, with all that it may wait for: a free connection, a new one, the answer. A
-# request makes two before its answer begins and one at its end.
-TRIP_SECONDS = 0.5
-# Each carries thousands of trips a second; a thousand processes with so many stay within the 10,000
-# clients that Redis takes (redis.conf, maxclients).
-MAX_CONNECTIONS = 8
+# For a trip, with the one before it and a new connection. A request makes two of them before its
+# answer begins, one at its end, and the first that fails is its last.
+TRIP_SECONDS = 1.0
+# For Redis to take a connection, and to answer: it needs less than a millisecond.
+ANSWER_SECONDS = 0.5
 # A session is free this long after its process died; renewed four times as often.
 LEASE_MILLISECONDS = 4000
 # The whole numbers of a double, which Lua counts with.
@@ -147,6 +148,8 @@ end
 
 # What a script returns is the script's to say; see above.
 Ask = Callable[..., Awaitable[Any]]
+# A script's SHA-1, the script, its keys and arguments.
+Question = tuple[str, str, Sequence[str], Sequence[str | bytes | int]]
 
 
 def shared_state(
@@ -160,44 +163,91 @@ def shared_state(
 
 class Server:
     """The Redis at `url`. Raises SettingsError if it does not answer now, or may forget what it was
-    given."""
+    given.
+
+    One thread speaks to it, on one connection: the event loop never waits, and a loop that is late
+    does not make Redis look slow. What is asked while it waits goes together in the next trip.
+    """
 
     def __init__(self, url: str) -> None:
-        # Without HELLO and CLIENT SETINFO a new connection costs no further trip.
-        plain: dict[str, Any] = {"protocol": 2, "driver_info": None}
+        self._waiting: list[tuple[asyncio.Future[Any], Question]] = []
+        self._sending: asyncio.Task[None] | None = None
         try:
-            with BlockingRedis.from_url(url, socket_timeout=1, retry=None, **plain) as client:
-                memory = client.info("memory")
-            # Its own timeouts would cost a task for each command; `script` has one for all.
-            pool = BlockingConnectionPool.from_url(
-                url, max_connections=MAX_CONNECTIONS, timeout=None, socket_timeout=None, **plain
+            # Without HELLO and CLIENT SETINFO a new connection costs no further trip.
+            self._client = Redis.from_url(
+                url, socket_timeout=ANSWER_SECONDS, retry=None, protocol=2, driver_info=None
             )
-        except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+            memory = self._client.info("memory")
+        except (NoConnection, NoAnswer) as error:
             raise SettingsError(f"STATE_URL: Redis does not serve: {error}") from None
-        except (exceptions.RedisError, ValueError, TypeError) as error:
+        except (RedisError, ValueError, TypeError) as error:
             # Their texts may quote the user's name or the password.
             problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"
             raise SettingsError(f"STATE_URL: {problem}") from None
         if memory.get("maxmemory") and memory["maxmemory_policy"] != "noeviction":
             problem = f"forgets when it is full ({memory['maxmemory_policy']}): set noeviction"
             raise SettingsError(f"STATE_URL: this Redis {problem}")
-        self._client = Redis.from_pool(pool)
+        self._thread = ThreadPoolExecutor(1, "redis")
 
     def script(self, text: str) -> Ask:
         """`await ask(keys, *args)` runs the script in one round trip. Raises StateUnavailable."""
-        run = self._client.register_script(text)
+
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
         async def ask(keys: Sequence[str], *args: str | bytes | int) -> Any:
-            try:
-                async with asyncio.timeout(TRIP_SECONDS):
-                    return await run(keys, args)
-            except (exceptions.RedisError, OSError) as error:
-                raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from error
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append((waiting, (sha, text, keys, args)))
+            if self._sending is None or self._sending.done():
+                self._sending = asyncio.create_task(self._send())
+            reply = await waiting
+            if isinstance(reply, Exception):
+                raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from reply
+            return reply
 
         return ask
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        if self._sending is not None:
+            await self._sending
+        self._thread.shutdown()
+        self._client.close()
+
+    async def _send(self) -> None:
+        """Trip after trip, until nobody asks."""
+        while self._waiting:
+            asked, self._waiting = self._waiting, []
+            questions = [question for _, question in asked]
+            trip = asyncio.get_running_loop().run_in_executor(self._thread, self._trip, questions)
+            await asyncio.wait([trip], timeout=TRIP_SECONDS)
+            replies = trip.result() if trip.done() else TimeoutError()
+            if isinstance(replies, Exception):
+                # Who has come meanwhile would wait as long for no more.
+                asked += self._waiting
+                self._waiting = []
+                replies = [replies] * len(asked)
+            for (waiting, _), reply in zip(asked, replies, strict=True):
+                if not waiting.done():
+                    waiting.set_result(reply)
+
+    def _trip(self, questions: Sequence[Question]) -> list[Any] | Exception:
+        """In the thread: what each script returned, or raised; or why nothing came of it."""
+        try:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for sha, _, keys, args in questions:
+                    pipeline.evalsha(sha, len(keys), *keys, *args)
+                replies = pipeline.execute(raise_on_error=False)
+                # A Redis that was started anew has to be told its scripts.
+                again = [n for n, each in enumerate(replies) if isinstance(each, NoScriptError)]
+                for number in again:
+                    _, text, keys, args = questions[number]
+                    pipeline.eval(text, len(keys), *keys, *args)
+                for number, reply in zip(
+                    again, pipeline.execute(raise_on_error=False), strict=True
+                ):
+                    replies[number] = reply
+        except (RedisError, OSError) as error:
+            return error
+        return replies
 
 
 class RedisLimiter:

@@ -234,6 +234,16 @@ async def test_a_renewal_that_fails_is_tried_again(own_redis: RedisServer) -> No
         assert await texts(other, "mine") == ["Hi"]
 
 
+async def test_who_gives_up_waiting_keeps_nobody_else_from_an_answer(redis_url: str) -> None:
+    async with opened(redis_url) as store:
+        reading = [asyncio.create_task(store.check()) for _ in range(3)]
+        await asyncio.sleep(0)
+        reading[1].cancel()
+        told = await asyncio.gather(*reading, return_exceptions=True)
+        assert [type(each) for each in told] == [type(None), asyncio.CancelledError, type(None)]
+        await talk(store, "mine", said())
+
+
 # ---- the start
 
 
