@@ -17,10 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import redis
 from pydantic_core import from_json, to_json
-from redis import ConnectionError as NoConnection
-from redis import Redis, RedisError
-from redis import TimeoutError as NoAnswer
 from redis.exceptions import NoScriptError
 
 import errors
@@ -103,16 +101,13 @@ if ARGV[1] ~= '' then
   redis.call('DEL', KEYS[3])
 end
 local asked = now - (ARGV[5] or 0)
-local new = redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1
-if new then
-  redis.call('HSET', KEYS[1], 'began', asked)
+if redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1 then
+  redis.call('HSET', KEYS[1], 'began', asked, 'ends', now + ARGV[3])
 end
 if ARGV[4] then
   local times = string.format(',%.3f,%.3f]', asked / 1000, now / 1000)
   redis.call('RPUSH', KEYS[2], ARGV[6] .. times)
   redis.call('LTRIM', KEYS[2], -ARGV[4], -1)
-end
-if new or ARGV[4] then
   redis.call('HSET', KEYS[1], 'ends', now + ARGV[3])
 end
 local ends = redis.call('HGET', KEYS[1], 'ends')
@@ -174,13 +169,13 @@ class Server:
         self._sending: asyncio.Task[None] | None = None
         try:
             # Without HELLO and CLIENT SETINFO a new connection costs no further trip.
-            self._client = Redis.from_url(
+            self._client = redis.Redis.from_url(
                 url, socket_timeout=ANSWER_SECONDS, retry=None, protocol=2, driver_info=None
             )
             memory = self._client.info("memory")
-        except (NoConnection, NoAnswer) as error:
+        except (redis.ConnectionError, redis.TimeoutError) as error:
             raise SettingsError(f"STATE_URL: Redis does not serve: {error}") from None
-        except (RedisError, ValueError, TypeError) as error:
+        except (redis.RedisError, ValueError, TypeError) as error:
             # Their texts may quote the user's name or the password.
             problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"
             raise SettingsError(f"STATE_URL: {problem}") from None
@@ -191,7 +186,6 @@ class Server:
 
     def script(self, text: str) -> Ask:
         """`await ask(keys, *args)` runs the script in one round trip. Raises StateUnavailable."""
-
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
         async def ask(keys: Sequence[str], *args: str | bytes | int) -> Any:
@@ -237,16 +231,14 @@ class Server:
                     pipeline.evalsha(sha, len(keys), *keys, *args)
                 replies = pipeline.execute(raise_on_error=False)
                 # A Redis that was started anew has to be told its scripts.
-                again = [n for n, each in enumerate(replies) if isinstance(each, NoScriptError)]
-                for number in again:
-                    _, text, keys, args = questions[number]
+                new = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+                for _, text, keys, args in (questions[number] for number in new):
                     pipeline.eval(text, len(keys), *keys, *args)
-                for number, reply in zip(
-                    again, pipeline.execute(raise_on_error=False), strict=True
-                ):
-                    replies[number] = reply
-        except (RedisError, OSError) as error:
+                again = pipeline.execute(raise_on_error=False)
+        except (redis.RedisError, OSError) as error:
             return error
+        for number, reply in zip(new, again, strict=True):
+            replies[number] = reply
         return replies
 
 
@@ -329,14 +321,11 @@ class RedisStore(SessionStore):
         await self._server.aclose()
 
     async def _find(self, owner: str, session_id: str, *lock: str | int) -> Session:
-        found = _refuse(await self._view(_keys(owner, session_id), owner, *lock))
-        holder, began, ends, turns = found
-        history = kept(
-            [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))], self._max_chars
-        )
-        return Session(
-            session_id, holder.decode(), None, int(began) / 1000, int(ends) / 1000, history
-        )
+        found = await self._view(_keys(owner, session_id), owner, *lock)
+        holder, began, ends, turns = _refuse(found)
+        history = [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))]
+        times = int(began) / 1000, int(ends) / 1000
+        return Session(session_id, holder.decode(), None, *times, kept(history, self._max_chars))
 
     async def _keep_renewing(self) -> None:
         """The leases of all answers that run here, together, for as long as there are any."""
