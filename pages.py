@@ -25,7 +25,8 @@ def page_route() -> Route:
 
 def content_security_policy(page: bytes) -> str:
     """Nothing may run or load but the page's own script and style, known by their hashes, so that
-    nothing in a model's answer can (CSP 3, 6.7.3.3: hashes of inline blocks)."""
+    nothing in a model's answer can (CSP 3, 6.7.3.3: hashes of inline blocks). Not even the page's
+    own script may make HTML of text (Trusted Types)."""
     sources = {"script": "'none'", "style": "'none'"}
     for kind, text in re.findall(ELEMENT, page, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
@@ -33,7 +34,7 @@ def content_security_policy(page: bytes) -> str:
     return (
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']};"
         " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
-        " frame-ancestors 'none'"
+        " frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
