@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all soak fuzz check rehearse audit openapi docs lock clean
+.PHONY: help run test test-all soak fuzz check rehearse audit openapi docs screenshots lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run ## serve on 127.0.0.1:8000, with the settings in .env
 	@exec $(BIN)/python -m service
@@ -20,7 +20,7 @@ test: $(VENV)/dev ## the tests that need nothing but Python
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-test-all: $(VENV)/all ## the tests that take real servers or many minutes
+test-all: $(VENV)/all ## the tests that take real servers, a browser or many minutes
 	@$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/test_redis_state.py --ignore tests/test_stores.py
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run --source redis_state -m pytest -q -n 2 -m slow tests/test_redis_state.py tests/test_stores.py
@@ -49,6 +49,9 @@ openapi: $(VENV)/dev ## write static/openapi.json from the models
 
 docs: openapi ## that, .env.example and the tables of the README
 	@$(BIN)/python -m tools.readme
+
+screenshots: $(VENV)/all ## take the README's pictures of the page anew
+	@$(BIN)/python -m tests.screenshots
 
 lock: ## write requirements*.txt anew from pyproject.toml; needs uv
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \

@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import json
+import re
+from typing import get_args
 
+from errors import Code
 from pages import STATIC, content_security_policy
 from tests.conftest import StartService
 
@@ -20,6 +23,7 @@ def test_a_page_may_run_its_own_script_and_style_and_nothing_else() -> None:
     assert policy["default-src"] == "'none'"
     assert policy["style-src"] == source("b{}")
     assert policy["script-src"] == source("\n'é'\n")
+    assert policy["trusted-types"] == "'none'"
     assert "unsafe" not in str(policy)
 
 
@@ -52,3 +56,11 @@ async def test_the_openapi_document_is_served(service: StartService) -> None:
         json.loads((STATIC / "openapi.json").read_bytes())
         == await (await app.get("/openapi.json")).json()
     )
+
+
+def test_the_page_has_a_sentence_for_every_error() -> None:
+    script = (STATIC / "page.html").read_text(encoding="utf-8")
+    sentences = script.partition("const SENTENCES = {")[2].partition("};")[0]
+    found = set(re.findall(r"(\w+): (?:MISFIT|\")", sentences))
+    # What the browser alone notices has a sentence too.
+    assert found == {*get_args(Code), "cut", "unreachable"}

@@ -1,0 +1,53 @@
+"""Takes the README's pictures of the page, into docs/. `make screenshots` runs it.
+
+The answer in them is written down here and no model's.
+"""
+
+import asyncio
+from pathlib import Path
+
+from tests.browser import open_tab
+from tests.conftest import running_service
+from tests.upstream import DONE, END, Connection, event, running_upstream
+
+DOCS = Path(__file__).parent.parent / "docs"
+QUESTION = "How do I read your answer in Python while it is being written?"
+ANSWER = """Send one POST and read **one line for each event**:
+
+```python
+import httpx, json
+
+request = {"message": "Hello", "session_id": "demo"}
+with httpx.stream("POST", f"{URL}/api/v1/chat", json=request) as answer:
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            event = json.loads(line[6:])
+            print(event.get("chunk", ""), end="")
+```
+
+- An event has a `chunk` of text, or a `status`.
+- *Exactly one* event with `done` or `error` ends the answer.
+"""
+
+
+async def script(connection: Connection) -> None:
+    pieces = [{"model": "demo", "choices": [{"delta": {"content": ANSWER}}]}]
+    usage = {"prompt_tokens": 15, "completion_tokens": 117, "total_tokens": 132}
+    await connection.stream(*map(event, [*pieces, {"choices": [], "usage": usage}]), DONE)
+    await connection.send(END)
+
+
+async def main() -> None:
+    async with running_upstream(script) as upstream:
+        model = {"PROVIDERS": "local", "LOCAL_BASE_URL": upstream.url, "DEFAULT_MODEL": "demo"}
+        async with running_service(model) as app:
+            for scheme in ("light", "dark"):
+                size = {"width": 860, "height": 700}
+                async with open_tab(app.url, viewport=size, color_scheme=scheme) as tab:
+                    await tab.say(QUESTION)
+                    await tab.ended()
+                    await tab.page.screenshot(path=DOCS / f"page-{scheme}.png")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
