@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -61,10 +61,19 @@ def listen(settings: Settings) -> list[socket.socket]:
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return [socket.create_server(at, family=kind, backlog=BACKLOG) for kind, *_, at in found]
+        listeners = [
+            socket.create_server(at, family=kind, backlog=BACKLOG) for kind, *_, at in found
+        ]
     except (OSError, UnicodeError) as error:
         problem = f"HOST={host!r}, PORT={port}: {error}"
         raise SettingsError(f"{problem}. Set another, or stop what listens there") from None
+    # For a client that takes nothing of what our own buffers are too large to notice, or vanished
+    # without a word: else the kernel goes on trying for a quarter of an hour. Linux's alone.
+    patience = int(2000 * settings.write_timeout_seconds)
+    with suppress(AttributeError):
+        for listener in listeners:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+    return listeners
 
 
 def shutting_down() -> ShuttingDown:

@@ -12,7 +12,7 @@ import pytest
 from starlette.types import ASGIApp, Message
 
 from providers import LLMProvider
-from server import Drain, Server
+from server import Drain, Server, listen
 from service import create_app
 from settings import from_env
 from telemetry import JSONFormatter
@@ -101,7 +101,8 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     server = Server(create_app(settings, log, drain, *more), settings, log, drain)
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
-    await server.startup()
+    listeners = listen(settings)
+    await server.startup(listeners)
     port = server.servers[0].sockets[0].getsockname()[1]
     running = Running(f"http://127.0.0.1:{port}", handler)
     try:
@@ -109,7 +110,9 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     finally:
         for client in running.clients:
             client.leave()
-        for listener in server.servers:
+        for serving in server.servers:
+            serving.close()
+        for listener in listeners:
             listener.close()
         while server.server_state.tasks:
             await asyncio.wait(set(server.server_state.tasks))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import JSON, Client
-from tests.faults import SESSION, ending, outcome, scene, small_client
+from tests.faults import SESSION, ending, open_files, outcome, scene, small_client
 from tests.upstream import DONE, END, Connection, delta, http_chunk
 
 slow = pytest.mark.slow
@@ -140,6 +140,21 @@ async def test_a_client_that_takes_nothing_is_cut(reading: bool, behind: bytes) 
         if trickling:
             trickling.cancel()
         client.leave()
+
+
+@slow
+async def test_a_client_that_takes_no_answer_is_cut_whatever_it_asked_for() -> None:
+    async with scene(answer, WRITE_TIMEOUT_SECONDS="0.3") as play:
+        other = await play.app.connect()
+        client = await small_client(play.app.url)
+        play.app.clients.append(client)
+        await (await other.ask("GET", "/healthz")).body()
+        held = open_files()
+        # More and more of them, until one is not taken.
+        while open_files() == held:
+            client.writer.write(b"GET /openapi.json HTTP/1.1\r\n\r\n")
+            await (await other.ask("GET", "/healthz")).body()
+        assert open_files() == held - 1
 
 
 # ---- bodies
