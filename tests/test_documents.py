@@ -1,5 +1,5 @@
-"""SECURITY.md names what there is: code that keeps a promise, tests that try to break it, and for
-each of OWASP's risks a line."""
+"""SECURITY.md and docs/audit.md name what there is: code that keeps a promise, tests that try to
+break it, and for each of OWASP's risks a line."""
 
 import ast
 import re
@@ -29,21 +29,22 @@ def named(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[str]:
                 yield prefix + name
 
 
-def missing(cell: str, folder: str) -> list[str]:
-    """The references in `cell` to what is not in the files of `folder`."""
-    assert re.sub(REFERENCE, "", cell).strip() == "", cell
-    found = REFERENCE.findall(cell)
-    assert found
+def missing(text: str) -> list[str]:
+    """The references in `text` to what is not there."""
     return [
         f"{file}:{name}"
-        for file, name in found
-        if name not in named(ast.parse((ROOT / folder / file).read_text(encoding="utf-8")))
+        for file, name in REFERENCE.findall(text)
+        if name not in named(ast.parse(source(file).read_text(encoding="utf-8")))
     ]
 
 
+def source(file: str) -> Path:
+    return ROOT / ("tests" if file.startswith("test_") else "") / file
+
+
 def test_what_is_not_there_is_missed() -> None:
-    assert missing("`telemetry.py:Record` `telemetry.py:Log`", "") == ["telemetry.py:Log"]
-    assert missing("`telemetry.py:Metrics.__init__` `telemetry.py:PROBES`", "") == []
+    assert missing("`telemetry.py:Record` `telemetry.py:Log`") == ["telemetry.py:Log"]
+    assert missing("`telemetry.py:Metrics.__init__` `telemetry.py:PROBES`") == []
 
 
 def test_there_are_promises() -> None:
@@ -54,8 +55,22 @@ def test_there_are_promises() -> None:
 def test_what_keeps_a_promise_and_what_tries_to_break_it_exist(
     promise: str, kept: str, tried: str
 ) -> None:
-    assert (missing(kept, ""), missing(tried, "tests")) == ([], []), promise
-    assert all(name.startswith("test_") for _, name in REFERENCE.findall(tried))
+    for cell in (kept, tried):
+        assert REFERENCE.sub("", cell).strip() == ""
+        assert missing(cell) == [], promise
+    assert REFERENCE.search(kept)
+    assert {name[:5] for _, name in REFERENCE.findall(tried)} == {"test_"}
+
+
+def test_the_guide_for_auditors_leads_to_what_there_is() -> None:
+    guide = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    questions = re.findall(r"^\| \d+ \| [^|]+\? \| ([^|]+) \| ([^|]+) \|$", guide, re.MULTILINE)
+    assert len(questions) == 20
+    assert all(REFERENCE.search(lines) or lines.startswith("Nothing") for lines, _ in questions)
+    assert all(REFERENCE.fullmatch(tried) for _, tried in questions)
+    assert missing(guide) == []
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert modules <= set(re.findall(r"\w+\.py", guide))
 
 
 @pytest.mark.parametrize(
