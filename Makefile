@@ -21,11 +21,13 @@ test: $(VENV)/dev ## the tests that need nothing but Python
 	@$(BIN)/coverage report
 
 test-all: $(VENV)/all ## the tests that take real servers, a browser or many minutes
-	@$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/test_redis_state.py --ignore tests/test_stores.py
+	@$(BIN)/python -m pytest -q -n 2 -m slow --ignore tests/test_container.py \
+		--ignore tests/test_redis_state.py --ignore tests/test_stores.py
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run --source redis_state -m pytest -q -n 2 -m slow tests/test_redis_state.py tests/test_stores.py
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --include redis_state.py
+	@$(BIN)/python -m pytest -q tests/test_container.py # all of them share one image
 
 soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over three minutes
 	@$(BIN)/python -m tests.soak
@@ -33,10 +35,12 @@ soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over t
 fuzz: $(VENV)/dev ## malformed requests for five minutes
 	@$(BIN)/python -m tests.fuzz
 
-check: $(VENV)/dev ## format, lint, types
+check: $(VENV)/dev ## format, lint, types, and what deploy/ holds
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy .
+	@$(BIN)/hadolint deploy/Dockerfile
+	@$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 rehearse: $(VENV)/dev ## run a client against every ending: CLIENT='node examples/ask.mjs'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.rehearse $(CLIENT)

@@ -21,6 +21,7 @@ import aiohttp
 import anyio
 import httpx
 from httpx_aiohttp import AiohttpTransport
+from pydantic import HttpUrl
 from pydantic_core import from_json, to_json
 
 import errors
@@ -244,17 +245,19 @@ def http_transport(target: httpx.URL, settings: Settings) -> httpx.AsyncBaseTran
     """
     proxies = urllib.request.getproxies()
     proxy = proxies.get(target.scheme) or proxies.get("all")
-    if proxy is not None and urllib.request.proxy_bypass(target.host):
-        proxy = None
-    if proxy is not None and "://" not in proxy:
-        proxy = f"http://{proxy}"
+    through = None
     try:
-        through = httpx.Proxy(proxy) if proxy else None
+        if proxy and not urllib.request.proxy_bypass(target.host):
+            # HttpUrl keeps out what only fails at the first request: SOCKS, a port above 65535.
+            through = httpx.Proxy(str(HttpUrl(proxy if "://" in proxy else f"http://{proxy}")))
+        # To load the authorities takes 50 ms and megabytes; over plain HTTP nobody needs trust.
+        secure = target.scheme == "https" or (through is not None and through.url.scheme == "https")
+        tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    except OSError as error:
+        takes = "it takes a file of the authorities to trust, in PEM"
+        raise SettingsError(f"SSL_CERT_FILE can't be used: {error.strerror}; {takes}") from None
     except ValueError:
         raise SettingsError(f"{target.scheme.upper()}_PROXY is not an http:// address") from None
-    # To load the authorities takes 50 ms and megabytes; over plain HTTP nobody needs to be trusted.
-    secure = target.scheme == "https" or (through is not None and through.url.scheme == "https")
-    tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def session() -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(

@@ -1036,10 +1036,27 @@ async def test_a_proxy_may_be_named_without_a_scheme(
     assert await ending(await app.chat()) == ("", "done")
 
 
-def test_a_proxy_of_another_kind_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "ftp://127.0.0.1")
+@pytest.mark.parametrize(
+    "proxy",
+    ["ftp://127.0.0.1", "socks5://127.0.0.1", "http://127.0.0.1:65536", "http://[::1", "a b"],
+)
+def test_a_proxy_that_can_not_be_one_stops_the_start(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(SettingsError, match=r"^HTTP_PROXY is not an http:// address$"):
         make_providers(from_env(openai("http://provider.invalid/v1")))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/nowhere/ca.pem", "No such file"), (__file__, "no certificate or crl")]
+)
+def test_authorities_that_can_not_be_read_stop_the_start(
+    path: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", path)
+    with pytest.raises(SettingsError, match=rf"^SSL_CERT_FILE can't be used: .*{reason}.*PEM$"):
+        make_providers(from_env(openai("https://provider.invalid/v1")))
 
 
 async def test_an_answer_is_over_after_its_completion() -> None:

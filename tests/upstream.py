@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -150,7 +151,9 @@ class _Watched(asyncio.StreamReaderProtocol):
 
 
 @asynccontextmanager
-async def running_upstream(script: Script) -> AsyncIterator[Upstream]:
+async def running_upstream(
+    script: Script, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Upstream]:
     """An upstream on a free port of 127.0.0.1; its sockets are gone when the block ends."""
     upstream = Upstream("", script)
     tasks: set[asyncio.Task[None]] = set()
@@ -167,8 +170,9 @@ async def running_upstream(script: Script) -> AsyncIterator[Upstream]:
             tasks.discard(task)
 
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Watched(serve), "127.0.0.1", 0)
-    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    server = await loop.create_server(lambda: _Watched(serve), "127.0.0.1", 0, ssl=tls)
+    scheme = "https" if tls else "http"
+    upstream.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:
         yield upstream
     finally:

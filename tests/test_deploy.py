@@ -1,0 +1,118 @@
+"""What the files in deploy/ promise. tests/test_container.py keeps the promises' word."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from server import CUT_SECONDS
+from settings import SECRETS, Settings, variables
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+NAMESPACE, DEPLOYMENT, POLICY = yaml.safe_load_all(
+    (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
+)
+# From the signal to the last byte that the service sends.
+STOP_SECONDS = Settings().drain_seconds + CUT_SECONDS
+POD: dict[str, Any] = DEPLOYMENT["spec"]["template"]["spec"]
+
+
+def compose_sidecar() -> dict[str, Any]:
+    """The sidecar of the compose file."""
+    sidecar: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]["chat"]
+    return sidecar
+
+
+def pod_sidecar() -> dict[str, Any]:
+    """The pod's sidecar, its variables as a mapping."""
+    (sidecar,) = POD["initContainers"]
+    return {**sidecar, "env": {each["name"]: each["value"] for each in sidecar["env"]}}
+
+
+def test_compose_reads_its_file() -> None:
+    assert PyCompose.from_yaml(COMPOSE).service_names() == ["app", "chat"]
+    with pytest.raises(ValueError, match="read_onyl"):
+        PyCompose.from_yaml(COMPOSE.replace("read_only", "read_onyl"))
+
+
+@pytest.mark.parametrize("name", ["app", "chat"])
+def test_compose_gives_its_containers_nothing_that_they_do_not_need(name: str) -> None:
+    container = yaml.safe_load(COMPOSE)["services"][name]
+    assert container["read_only"] is True
+    assert container["cap_drop"] == ["ALL"]
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert "ports" not in container
+    assert "privileged" not in container
+
+
+def test_compose_gives_the_sidecar_its_time_to_stop() -> None:
+    grace = compose_sidecar()["stop_grace_period"]
+    assert float(grace.removesuffix("s")) >= STOP_SECONDS + 2
+
+
+@pytest.mark.parametrize("container", [compose_sidecar(), pod_sidecar()], ids=["compose", "pod"])
+def test_a_sidecar_never_falls_back_on_the_mock_and_is_told_nothing_unknown(
+    container: dict[str, Any],
+) -> None:
+    known = {*variables(), *(f"{secret}_FILE" for secret in SECRETS)}
+    assert container["env" if "env" in container else "environment"].keys() <= known
+    env = container.get("env") or container["environment"]
+    assert env["DEFAULT_PROVIDER"] == "openai"
+    assert env["OPENAI_API_KEY_FILE"].startswith("/run/secrets/")
+    assert not SECRETS & env.keys()
+
+
+def test_the_pod_keeps_the_restricted_standard() -> None:
+    # kubernetes.io/docs/concepts/security/pod-security-standards, "Restricted"
+    assert NAMESPACE["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert POD["securityContext"]["runAsNonRoot"] is True
+    assert POD["securityContext"]["runAsUser"] > 0
+    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in (*POD["initContainers"], *POD["containers"]):
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+        assert all("hostPort" not in port for port in container["ports"])
+    kinds = {kind for volume in POD["volumes"] for kind in volume if kind != "name"}
+    assert kinds <= {"emptyDir", "secret"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & POD.keys()
+    assert POD["automountServiceAccountToken"] is False
+
+
+def test_the_pod_runs_the_image_as_its_own_user_and_writes_to_its_volume_alone() -> None:
+    uid = POD["securityContext"]["runAsUser"]
+    assert f"USER {uid}:{POD['securityContext']['runAsGroup']}\n" in DOCKERFILE
+    assert POD["securityContext"]["fsGroup"] == POD["securityContext"]["runAsGroup"]
+    sidecar = pod_sidecar()
+    assert sidecar["restartPolicy"] == "Always"
+    assert sidecar["securityContext"]["readOnlyRootFilesystem"] is True
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in sidecar["volumeMounts"]}
+    assert mounts == {"/data": False, "/run/secrets/openai": True}
+
+
+def test_the_pod_gives_the_sidecar_its_time_to_stop_after_the_application() -> None:
+    application = 30
+    assert POD["terminationGracePeriodSeconds"] >= application + STOP_SECONDS + 2
+
+
+def test_no_other_pod_reaches_the_sidecar() -> None:
+    assert POLICY["spec"]["podSelector"] == DEPLOYMENT["spec"]["selector"]
+    assert set(POLICY["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    open_ports = [port["port"] for rule in POLICY["spec"]["ingress"] for port in rule["ports"]]
+    assert pod_sidecar()["ports"][0]["containerPort"] == Settings().port
+    assert Settings().port not in open_ports
+
+
+def test_the_image_has_the_version_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    label = re.search(r'image\.version="(.+)"', DOCKERFILE)
+    assert label is not None
+    assert label[1] == project["version"]
+    assert pod_sidecar()["image"] == f"{project['name']}:{project['version']}"
