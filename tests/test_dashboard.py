@@ -5,6 +5,7 @@ import re
 import shutil
 from xml.etree import ElementTree
 
+import anyio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -31,8 +32,8 @@ def labels(expression: str) -> set[str]:
     return selected | {name.strip() for text in sums for name in text.split(",")}
 
 
-async def exposed(service: StartService, upstream: StartUpstream) -> dict[str, set[str]]:
-    """Every series of a service in which everything has happened once, with its labels."""
+async def exposition(service: StartService, upstream: StartUpstream) -> str:
+    """/metrics of a service in which everything that is counted has happened once."""
 
     async def script(request: Connection) -> None:
         if len(provider.requests) == 1:
@@ -50,7 +51,12 @@ async def exposed(service: StartService, upstream: StartUpstream) -> dict[str, s
     for _ in range(2):
         await (await app.chat()).body()
     await app.log.request(1)
-    text = (await (await app.get("/metrics")).body()).decode()
+    return (await (await app.get("/metrics")).body()).decode()
+
+
+async def exposed(service: StartService, upstream: StartUpstream) -> dict[str, set[str]]:
+    """Every series, with its labels."""
+    text = await exposition(service, upstream)
     samples = [sample for each in text_string_to_metric_families(text) for sample in each.samples]
     return {sample.name: set(sample.labels) for sample in samples}
 
@@ -78,13 +84,28 @@ def test_a_legend_names_labels_that_are_left(expression: str, legend: str) -> No
     assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= summed
 
 
+def found_or_skipped(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        assert os.environ.get("CI") != "true"
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+@pytest.mark.slow
+async def test_prometheus_has_nothing_to_say_about_names_and_units(
+    service: StartService, upstream: StartUpstream
+) -> None:
+    promtool = found_or_skipped("promtool")
+    text = await exposition(service, upstream)
+    command = [promtool, "check", "metrics"]
+    done = await anyio.run_process(command, input=text.encode(), check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 0)
+
+
 @pytest.mark.slow
 async def test_a_real_prometheus_finds_what_the_panels_show() -> None:
-    prometheus = shutil.which("prometheus")
-    if prometheus is None:
-        assert os.environ.get("CI") != "true"
-        pytest.skip("prometheus is not installed")
-    found = await measured(prometheus, 20)
+    found = await measured(found_or_skipped("prometheus"), 20)
     # Whether anybody is refused or anything tried again is left to chance.
     chance = ("Retries and failovers", "Refused by the limiter")
     empty = [panel.title for panel, lines in zip(panels(), found, strict=True) if not lines]
