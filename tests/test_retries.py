@@ -289,7 +289,10 @@ async def test_a_provider_that_can_not_be_reached_is_replaced(
         await play.nothing_held()
 
 
-async def test_a_connection_that_the_provider_closed_while_idle_is_not_used_again() -> None:
+@pytest.mark.parametrize("end", [hang_up, pytest.param(reset, marks=slow)])
+async def test_a_connection_that_the_provider_closed_while_idle_is_not_used_again(
+    end: Script,
+) -> None:
     closing: list[Connection] = []
 
     async def script(request: Connection) -> None:
@@ -298,7 +301,7 @@ async def test_a_connection_that_the_provider_closed_while_idle_is_not_used_agai
 
     async with scene(script) as play:
         await ending(await play.ask())
-        closing[0].writer.close()
+        await end(closing[0])
         await closing[0].closed.wait()
         text, last = await ending(await play.ask())
         assert (text, outcome(last)) == ("Hello", "done")
