@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
@@ -469,6 +469,10 @@ class Stage:
 
     def leave(self) -> None:
         self._left.set()
+
+    @property
+    def has_left(self) -> bool:
+        return self._left.is_set()
 
     async def stall(self) -> None:
         """As `on_send`: nothing is taken any more."""
@@ -954,3 +958,80 @@ async def test_a_request_that_is_cancelled_settles_all_the_same(
     [(text, end)] = stage.settled
     assert text == said
     assert isinstance(end, InternalError)
+
+
+# ---- every ending, at moments drawn at random
+
+MOMENTS = st.sampled_from([0.0, 0.001, 1.0, 5.0, 14.9, 15.0, 15.1, 29.9, 30.0, 30.1, 45.0, 100.0])
+STEPS = st.lists(MOMENTS | st.sampled_from([(), ("a",), ("b", "c")]).map(list), max_size=8)
+LAST = st.sampled_from([[], [DONE], [UpstreamError("It failed.")], [ValueError("secret")]])
+# How long the client takes for each message; forever, until it leaves.
+TAKING = st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 14.0, 29.0, 31.0, 10.0**9]), max_size=8)
+SETTLING = st.sampled_from([0.0, 0.0, 1.0, 6.0, Overloaded("Not stored."), ValueError("secret")])
+
+
+@settings(deadline=None, max_examples=300)
+@given(STEPS, LAST, TAKING, SETTLING, SETTLING, st.none() | MOMENTS, st.none() | MOMENTS)
+def test_one_turn_is_stored_and_one_ending_told_whatever_meets_at_one_moment(
+    steps: list[Step],
+    last: list[Step],
+    taking_each: list[float],
+    closing: float | Exception,
+    storing: float | Exception,
+    leaving: float | None,
+    ending: float | None,
+) -> None:
+    def acting(how: float | Exception) -> Callable[[], Awaitable[object]]:
+        return raising(how) if isinstance(how, Exception) else taking(how)
+
+    async def play() -> None:
+        stage = Stage(*steps, *last, TOTAL_TIMEOUT_SECONDS="120")
+        times = iter(taking_each)
+
+        async def take() -> None:
+            with anyio.move_on_after(next(times, 0.0)):
+                await stage.stall()
+
+        stage.on_send, stage.on_close, stage.on_settle = take, acting(closing), acting(storing)
+        loop = asyncio.get_running_loop()
+        if leaving is not None:
+            loop.call_later(leaving, stage.leave)
+        if ending is not None:
+            loop.call_later(ending, stage.stream.end_early, Overloaded("It ends."))
+        raised = None
+        try:
+            await stage.play()
+        except ServiceError as error:
+            raised = error
+        check(stage, raised)
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(play())
+
+
+def check(stage: Stage, raised: ServiceError | None) -> None:
+    """What every stream is like when it has ended, however it did."""
+    if raised is not None:
+        # The application answers it, so nothing may have been begun.
+        assert stage.sent == []
+        assert stage.stream.outcome in (raised.code, "client_gone")
+    [(text, end)] = stage.settled
+    assert "closed" not in stage.happened[stage.happened.index("settled") :]
+    kinds = [message["type"] for _, message in stage.sent]
+    assert (
+        kinds == ["http.response.start", *["http.response.body"] * (len(kinds) - 1)][: len(kinds)]
+    )
+    said = "".join(event.get("chunk", "") for event in stage.events)
+    assert text.startswith(said)
+    ends = [event for event in stage.events if "status" in event]
+    assert ends in ([], stage.events[-1:])
+    if not stage.sent or stage.has_left:
+        return
+    [told] = ends
+    assert stage.happened[-1] == "body"
+    assert stage.happened.index("settled") < len(stage.happened) - 1
+    assert [message["more_body"] for _, message in stage.sent[1:]].count(False) == 1
+    assert stage.sent[-1][1]["more_body"] is False
+    code = told["error"]["code"] if told["status"] == "error" else "done"
+    assert (code, "secret" in str(told)) == (stage.stream.outcome, False)
+    assert code != "done" or (said, end) == (text, DONE)
