@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -26,7 +27,7 @@ from service import create_app
 from settings import Rate, SettingsError, from_env
 from tests.client import CANARY
 from tests.conftest import Running, StartService, StartUpstream
-from tests.redis_server import RedisServer, running_relay
+from tests.redis_server import RedisServer, free_port, program, running_relay
 from tests.test_conversations import answered, on_session, refusal, remembered, repeat
 from tests.test_ratelimit import Clock, gaps, rates
 from tests.test_service import openai
@@ -51,12 +52,26 @@ def shell(redis_server: RedisServer) -> Iterator[Redis]:
         yield shell
 
 
+StartRedis = Callable[..., RedisServer]
+
+
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """One that the test may stop and fill."""
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
+def start_redis(tmp_path: Path) -> Iterator[StartRedis]:
+    """`start_redis("--option", "value")` starts one, which the test may stop and fill."""
+    servers: list[RedisServer] = []
+
+    def start(*options: str) -> RedisServer:
+        servers.append(RedisServer(tmp_path, options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def own_redis(start_redis: StartRedis) -> RedisServer:
+    return start_redis()
 
 
 def anonymous(number: int) -> Caller:
@@ -179,11 +194,12 @@ async def test_ids_are_not_in_redis_and_everything_there_expires(
         issued = await talk(store, None, said())
         await talk(store, "mine", said(), None)
         await store.open(ME, "mine")
+        await store.open(ME, "new")
     keys = list(shell.scan_iter("*"))
-    assert len(keys) == 5
+    assert len(keys) == 7
     for key in keys:
         assert shell.pttl(key) > 0
-    assert not any(issued in key or "mine" in key for key in keys)
+    assert not any(name in key for name in (issued, "mine", "new") for key in keys)
 
 
 async def test_a_lock_is_held_for_as_long_as_the_answer_and_freed_soon_after_a_death(
@@ -288,19 +304,35 @@ def test_an_address_that_is_none_stops_the_start(url: str) -> None:
     assert "redis://USER:PASSWORD@HOST:PORT/DB" in no_start(url)
 
 
-def test_a_wrong_password_and_a_user_who_may_do_nothing_stop_the_start(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path, ("--user", "operator", "on", f">{CANARY}", "-@all"))
+def test_a_wrong_password_and_a_user_who_may_do_nothing_stop_the_start(
+    start_redis: StartRedis,
+) -> None:
+    server = start_redis("--user", "operator", "on", f">{CANARY}", "-@all")
     address = f"127.0.0.1:{server.port}/0"
     no_start(f"redis://operator:{CANARY}x@{address}")
     assert "NoPermissionError" in no_start(f"redis://operator:{CANARY}@{address}")
-    server.kill()
 
 
-def test_a_redis_that_forgets_what_it_was_given_stops_the_start(tmp_path: Path) -> None:
-    options = ("--maxmemory", "100mb", "--maxmemory-policy", "volatile-lru")
-    server = RedisServer(tmp_path, options)
+def test_a_redis_that_forgets_what_it_was_given_stops_the_start(start_redis: StartRedis) -> None:
+    server = start_redis("--maxmemory", "100mb", "--maxmemory-policy", "volatile-lru")
     assert "noeviction" in no_start(server.url)
-    server.kill()
+
+
+async def test_tls_needs_a_certificate_that_is_trusted(
+    start_redis: StartRedis, tmp_path: Path
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out"]
+    await anyio.run_process([program("openssl"), *made, str(certificate)])
+    port = free_port()
+    options = ["--tls-port", str(port), "--tls-auth-clients", "no", "--tls-key-file", str(key)]
+    start_redis(*options, "--tls-cert-file", str(certificate))
+    url = f"rediss://127.0.0.1:{port}/0"
+    assert "CERTIFICATE_VERIFY_FAILED" in no_start(url)
+    async with opened(f"{url}?ssl_ca_certs={certificate}") as store:
+        await talk(store, "mine", said())
+        assert await texts(store, "mine") == ["Hi"]
 
 
 # ---- the service around it
