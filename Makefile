@@ -6,10 +6,18 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
-.PHONY: help run test test-all soak fuzz check rehearse audit openapi docs screenshots lock clean
+# What is measured, each in an environment of its own, on a Python that is built for speed: Debian's
+# and the official images' are, one that pyenv compiled on the spot is a quarter slower.
+PEERS := service fastapi ferro litellm
+BENCH_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
+# In a network of its own, for one of the peers listens on all interfaces.
+ALONE := unshare $(if $(filter-out 0,$(shell id -u)),--map-root-user) --net sh -c \
+	'ip link set lo up && ulimit -n 8192 && exec "$$@"' bench
+
+.PHONY: help run test test-all soak fuzz bench bench-growth check rehearse audit openapi docs screenshots lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run ## serve on 127.0.0.1:8000, with the settings in .env
 	@exec $(BIN)/python -m service
@@ -34,6 +42,12 @@ soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over t
 
 fuzz: $(VENV)/dev ## malformed requests for five minutes
 	@$(BIN)/python -m tests.fuzz
+
+bench: $(VENV)/run $(PEERS:%=$(VENV)-bench/%/ready) ## the service beside its peers; 20 minutes; BENCH='--rounds 1 --cases burst'
+	@$(ALONE) $(BIN)/python -m bench $(BENCH)
+
+bench-growth: $(VENV)/run $(VENV)-bench/service/ready ## what more streams, sessions, callers cost; 4 minutes
+	@$(ALONE) $(BIN)/python -m bench.growth $(BENCH)
 
 check: $(VENV)/dev ## format, lint, types, and what deploy/ holds
 	@$(BIN)/ruff format --check .
@@ -67,9 +81,12 @@ lock: ## write requirements*.txt anew from pyproject.toml; needs uv
 		-o requirements-test-all.txt
 	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --group audit -o requirements-audit.txt
+	for peer in $(filter-out service,$(PEERS)); do \
+		uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+			--no-emit-index-url --group bench-$$peer -o bench/requirements-$$peer.txt; done
 
 clean: ## remove what the commands above made
-	rm -rf $(VENV) $(VENV)-audit sbom.cdx.json .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-bench sbom.cdx.json .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Each stamp is newer than its lock file once that is installed; a second call finds nothing to do.
 $(VENV)/run: requirements.txt
@@ -83,6 +100,17 @@ $(VENV)-audit/ready: requirements-audit.txt
 	@$(PYTHON) -m venv $(VENV)-audit
 	@$(VENV)-audit/bin/python -m pip install --quiet --require-hashes -r requirements-audit.txt
 	@touch $@
+
+define INSTALL_MEASURED
+@echo "Installing $(notdir $(@D)) to be measured ..."
+@$(BENCH_PYTHON) -m venv $(@D)
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile \
+	-r $< && touch $@ || echo "$(notdir $(@D)) can't be installed, and will be reported missing."
+endef
+$(VENV)-bench/service/ready: requirements.txt
+	$(INSTALL_MEASURED)
+$(VENV)-bench/%/ready: bench/requirements-%.txt
+	$(INSTALL_MEASURED)
 
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	@echo "Installing the test tools ..."

@@ -11,10 +11,8 @@ import json
 import os
 import platform
 import socket
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +21,8 @@ import uvloop
 
 from bench.cases import CASES, Figures, Size, Subject, warm
 from bench.load import Questions
-from bench.peers import OPENAI_BODY, PEERS, Peer, Place
-from bench.process import Program, running
+from bench.peers import OPENAI_BODY, PEERS, Peer, Place, upstream
+from bench.process import running
 from bench.report import picture, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +35,8 @@ LEFT_OUT = {
     "nginx": {"sessions", "refusal"},
 }
 DIRECT = "direct"
+# Callers and upstream run here, and what is measured on the last core.
+LOAD_CORE = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Bench:
     cases: Sequence[str]
     peers: Sequence[Peer]
     size: Size
-    load_core: int
     core: int
     upstream: int
 
@@ -100,6 +99,10 @@ class Bench:
         return figures
 
 
+def last_core() -> int:
+    return (os.cpu_count() or 1) - 1
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
@@ -129,14 +132,11 @@ def machine() -> str:
 
 
 async def measure(cases: Sequence[str], peers: Sequence[Peer], rounds: int, size: Size) -> None:
-    load_core, core = 0, (os.cpu_count() or 1) - 1
     port = free_port()
-    serve = [sys.executable, "-m", "bench.upstream", str(port)]
-    upstream = Program(serve, port, "/", {"PYTHONPATH": str(Path(__file__).parent.parent)})
-    bench = Bench(cases, peers, size, load_core, core, port)
+    bench = Bench(cases, peers, size, last_core(), port)
     found: dict[str, list[Figures]] = {}
     with TemporaryDirectory() as folder:
-        async with running(upstream, load_core, Path(folder)):
+        async with running(upstream(port), LOAD_CORE, Path(folder)):
             for number in range(rounds):
                 print(f"round {number + 1} of {rounds}", flush=True)
                 for name, figures in (await bench.round()).items():
@@ -166,10 +166,9 @@ def main() -> None:
         if peer.missing:
             print(f"MISSING: {peer.title} is not at {peer.needs}")
     peers = [peer for peer in peers if not peer.missing]
-    os.sched_setaffinity(0, {0})
+    os.sched_setaffinity(0, {LOAD_CORE})
     gc.freeze()
-    with ExitStack() as stack:
-        runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(measure(asked.cases.split(","), peers, asked.rounds, Size()))
 
 

@@ -82,10 +82,10 @@ async def paced(subject: Subject) -> Figures:
 
 async def latency(subject: Subject) -> Figures:
     """One stream at a time, 20 pieces without pauses."""
-    return await _one_by_one(subject, subject.questions.request(20, 0))
+    return await one_by_one(subject, subject.questions.request(20, 0))
 
 
-async def _one_by_one(subject: Subject, request: bytes) -> Figures:
+async def one_by_one(subject: Subject, request: bytes) -> Figures:
     before = subject.cpu_us()
     answers = await closed_loop(subject.questions, request, 1, subject.size.seconds)
     spent = subject.cpu_us() - before
@@ -108,7 +108,7 @@ async def sessions(subject: Subject) -> Figures:
     for _ in range(20):
         await connection.ask(request)
     connection.transport.abort()
-    return await _one_by_one(Subject(questions, subject.process, subject.size), request)
+    return await one_by_one(Subject(questions, subject.process, subject.size), request)
 
 
 async def hold(subject: Subject) -> Figures:

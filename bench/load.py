@@ -5,7 +5,7 @@ Bytes are counted, not parsed: the load must not be what is slow.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -43,7 +43,7 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes) -> Answer:
         """The answer, whole, or as far as it came before the connection was lost."""
-        answer = self._answer = Answer(self._now())
+        answer = self.answer = Answer(self._now())
         self._tail = b""
         self._length: int | None = None
         self._body = 0
@@ -53,7 +53,7 @@ class Connection(asyncio.Protocol):
         return answer
 
     def data_received(self, data: bytes) -> None:
-        answer, now = self._answer, self._now()
+        answer, now = self.answer, self._now()
         if not answer.status:
             data = self._tail + data
             head, end, data = data.partition(b"\r\n\r\n")
@@ -76,7 +76,7 @@ class Connection(asyncio.Protocol):
             self._end()
 
     def _begin(self, head: bytes) -> None:
-        self._answer.status = int(head.split(b" ", 2)[1])
+        self.answer.status = int(head.split(b" ", 2)[1])
         length = LENGTH.search(head)
         self._length = int(length[1]) if length else None
         self._tail = b""
@@ -116,26 +116,17 @@ class Questions:
 
 
 async def connected(
-    questions: Questions, count: int, talk: Callable[[Connection, int], Awaitable[None]]
+    questions: Questions, count: int, talk: Callable[[Connection, int], Coroutine[None, None, None]]
 ) -> None:
     """`talk` on so many connections at once, to the end of all or of our patience."""
     connections = [await questions.connect() for _ in range(count)]
-    try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            async with asyncio.TaskGroup() as tasks:
-                for number, connection in enumerate(connections):
-                    tasks.create_task(_run(talk, connection, number))
-    except TimeoutError:
-        pass
-    finally:
-        for connection in connections:
-            connection.transport.abort()
-
-
-async def _run(
-    talk: Callable[[Connection, int], Awaitable[None]], connection: Connection, number: int
-) -> None:
-    await talk(connection, number)
+    talking = [asyncio.ensure_future(talk(each, i)) for i, each in enumerate(connections)]
+    _, late = await asyncio.wait(talking, timeout=PATIENCE_SECONDS)
+    for task in late:
+        task.cancel()
+    for connection in connections:
+        connection.transport.abort()
+    await asyncio.wait(talking)
 
 
 async def closed_loop(

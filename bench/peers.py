@@ -5,6 +5,7 @@ not installed is reported missing.
 """
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,7 @@ def _service(place: Place, limited: bool) -> Program:
     }
     if not limited:
         env |= {"RATE_LIMIT": UNLIMITED, "MAX_STREAMS_PER_CALLER": "2000", "MAX_STREAMS": "2000"}
-    return Program(
-        [str(VENVS / "service/bin/python"), "-m", "service"], place.port, "/healthz", env
-    )
+    return Program([str(SERVICE.needs), "-m", "service"], place.port, "/healthz", env)
 
 
 def _fastapi(place: Place, limited: bool) -> Program:
@@ -139,10 +138,17 @@ def _litellm(place: Place, limited: bool) -> Program:
     return Program(command, place.port, "/health/liveliness", env)
 
 
+def upstream(port: int) -> Program:
+    """The byte-level provider, in the bench's own Python."""
+    serve = [sys.executable, "-m", "bench.upstream", str(port)]
+    return Program(serve, port, "/", {"PYTHONPATH": str(ROOT)})
+
+
 SERVICE = Peer(
     "service",
     "this service",
-    VENVS / "service/bin/python",
+    # Tests do without an environment for it alone.
+    python if (python := VENVS / "service/bin/python").exists() else Path(sys.executable),
     _service,
     "/api/v1/chat",
     '{"message":"MESSAGE"}',

@@ -191,3 +191,22 @@ def picture(results: Results) -> str:
                     _text(x, y - 9, told, text_anchor="middle", font_size="11", fill=colour)
                 )
     return svg((WIDTH, height), body)
+
+
+def curve(axis: str, unit: str, points: Sequence[tuple[float, float]]) -> str:
+    """What it costs (in `unit`) against how many there are, the latter on a logarithmic axis."""
+    width, height, left, bottom = 520, 300, 56, 50
+    most = 1.25 * max(cost for _, cost in points)
+    low, high = (math.log10(count) for count in (points[0][0], points[-1][0]))
+    body = [_text(16, 24, f"{unit}, against {axis}", font_size="15")]
+    places = []
+    for count, cost in points:
+        x = left + (math.log10(count) - low) / (high - low) * (width - left - 40)
+        y = height - bottom - cost / most * (height - bottom - 50)
+        places.append(f"{x:.0f},{y:.0f}")
+        body.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="#0b84a5"/>')
+        body.append(_text(x, y - 10, number(cost), text_anchor="middle", font_size="11"))
+        body.append(_text(x, height - bottom + 20, f"{count:,.0f}", text_anchor="middle"))
+    line = f'<polyline points="{" ".join(places)}" fill="none" stroke="#0b84a5"/>'
+    ground = f'<path d="M{left} {height - bottom}H{width - 20}" stroke="#222"/>'
+    return svg((width, height), [*body, line, ground])
