@@ -138,6 +138,7 @@ async def closed_loop(
     answers: list[Answer] = []
 
     async def talk(connection: Connection, number: int) -> None:
+        answers.append(await connection.ask(request))
         while now() < until:
             answers.append(await connection.ask(request))
 
