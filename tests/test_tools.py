@@ -60,6 +60,11 @@ def test_every_package_is_direct_or_needed_and_has_a_licence() -> None:
             2,
             "The database of weaknesses said nothing of 1 of 2 packages: b",
         ),
+        (
+            [{"name": "a", "skip_reason": "not found"}, {"name": "b", "skip_reason": "not found"}],
+            2,
+            "The database of weaknesses can't be reached: it knows none of 2 packages",
+        ),
     ],
 )
 def test_an_audit_says_what_is_known(

@@ -41,6 +41,9 @@ def verdict(report: str, stderr: str) -> tuple[int, str]:
     unknown = [package["name"] for package in packages if "skip_reason" in package]
     if weak:
         return 1, "\n".join(["Known weaknesses:", *weak])
+    if unknown and len(unknown) == len(packages):
+        reason = f"it knows none of {len(packages)} packages"
+        return 2, f"The database of weaknesses can't be reached: {reason}"
     if unknown:
         told = f"The database of weaknesses said nothing of {len(unknown)} of {len(packages)}"
         return 2, f"{told} packages: {', '.join(unknown)}"
