@@ -31,6 +31,11 @@ async def browse(service: StartService, upstream: StartUpstream) -> Any:
         yield lambda url, **context: stack.enter_async_context(open_tab(url, **context))
 
 
+async def so_far(connection: Connection) -> None:
+    """Begins an answer and does not end it."""
+    await connection.stream(delta("So far"))
+
+
 # ---- a conversation
 
 
@@ -106,10 +111,7 @@ async def test_ten_thousand_pieces_are_drawn_at_most_once_a_frame(
 async def test_stop_closes_the_line_to_the_provider_and_keeps_what_was_said(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    async def script(connection: Connection) -> None:
-        await connection.stream(delta("So far"))
-
-    provider = await upstream(script)
+    provider = await upstream(so_far)
     app = await service(**openai(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url)
     await tab.say("Hello")
@@ -138,10 +140,7 @@ async def test_an_answer_that_is_stopped_before_its_first_word(
 async def test_a_reload_in_the_middle_of_an_answer_shows_what_was_said(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    async def script(connection: Connection) -> None:
-        await connection.stream(delta("So far"))
-
-    provider = await upstream(script)
+    provider = await upstream(so_far)
     app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
@@ -292,10 +291,7 @@ async def test_what_is_refused_can_be_changed(service: StartService, browse: Bro
 async def test_a_line_that_is_cut_is_told_as_what_it_is(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    async def script(connection: Connection) -> None:
-        await connection.stream(delta("So far"))
-
-    provider = await upstream(script)
+    provider = await upstream(so_far)
     app = await service(**openai(provider.url))
     line = Line(app.url)
     tab = await browse(await line.listen())
