@@ -68,14 +68,12 @@ async def test_pieces_are_shown_as_they_arrive_and_finished_blocks_are_left_alon
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url), HEARTBEAT_SECONDS="0.05")
+    app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="Second").wait_for()
     await tab.page.evaluate("document.querySelectorAll('.text p')[0].seen = true")
     assert await tab.page.get_attribute(".assistant", "aria-busy") == "true"
-    # A few heartbeats come to nothing.
-    await asyncio.sleep(0.2)
     seen.set()
     await tab.ended()
     assert await tab.answer() == "First.\n\nSecond and more."
@@ -228,7 +226,9 @@ async def test_a_conversation_that_has_ended_meanwhile(
 async def test_each_ending_is_told(
     service: StartService, browse: Browse, model: str, text: str, told: str
 ) -> None:
-    app = await service(MAX_RETRIES="0", FIRST_TOKEN_TIMEOUT_SECONDS="2")
+    # Between the pieces of mock/slow there are heartbeats, which show nothing.
+    limits = {"FIRST_TOKEN_TIMEOUT_SECONDS": "2", "HEARTBEAT_SECONDS": "0.1"}
+    app = await service(MAX_RETRIES="0", **limits)
     tab = await browse(app.url)
     await tab.say("Hello", f"mock/{model}")
     assert told in await tab.ended()
