@@ -164,6 +164,8 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         # What follows are trailers, which must not pass for headers (RFC 9110, 6.5.1).
         self.headers = []
+        # Where a request waits uvicorn reads no further, and would not see the client leave.
+        self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

@@ -82,13 +82,19 @@ async def test_a_client_that_leaves_ends_its_answer(leaving: Leaving, said: str)
         await play.nothing_held()
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at_once", "later"])
 @pytest.mark.parametrize("said", ["", "Hel"], ids=["before_the_first_piece", "in_the_middle"])
-async def test_a_client_that_asked_for_more_and_leaves_ends_its_answer(said: str) -> None:
+async def test_a_client_that_asked_for_more_and_leaves_ends_its_answer(
+    said: str, later: bool
+) -> None:
     # Two requests pipelined; the second one waits for the first one's end.
-    async with scene(hello if said else silence) as play:
+    async with scene(hello if said else silence, HEARTBEAT_SECONDS="3600") as play:
         client = await play.app.connect()
-        client.writer.write(raw() + raw())
+        client.writer.write(raw() * (1 if later else 2))
         request = await play.upstream.request()
+        if later:
+            client.writer.write(raw())
+            await play.app.get("/healthz")
         if said:
             assert (await (await client.head()).event())["chunk"] == said
         client.leave()
@@ -150,9 +156,13 @@ async def test_a_client_that_takes_no_answer_is_cut_whatever_it_asked_for() -> N
         play.app.clients.append(client)
         await (await other.ask("GET", "/healthz")).body()
         held = open_files()
-        # More and more of them, until one is not taken.
+        sent = 0
         while open_files() == held:
-            client.writer.write(b"GET /openapi.json HTTP/1.1\r\n\r\n")
+            # One after the other, until one is not taken.
+            lines = play.app.log.requests()
+            if sum(line["route"] == "/openapi.json" for line in lines) == sent:
+                client.writer.write(b"GET /openapi.json HTTP/1.1\r\n\r\n")
+                sent += 1
             await (await other.ask("GET", "/healthz")).body()
         assert open_files() == held - 1
 
