@@ -27,7 +27,7 @@ from settings import Settings, SettingsError
 # The ASGI extension by which this server lends the way to cut a connection.
 ABORT = "chat_sidecar.abort"
 UPGRADE = re.compile(rb"\r\nupgrade:", re.I)
-# After the last word a client has this long to take it.
+# After the last word, and after a deadline of ours, a client has this long.
 CUT_SECONDS = 3.0
 # Longer than the 60 s for which load balancers keep an idle connection.
 KEEP_ALIVE_SECONDS = 75
@@ -69,7 +69,7 @@ def listen(settings: Settings) -> list[socket.socket]:
         raise SettingsError(f"{problem}. Set another, or stop what listens there") from None
     # For a client that takes nothing of what our own buffers are too large to notice, or vanished
     # without a word: else the kernel goes on trying for a quarter of an hour. Linux's alone.
-    patience = int(2000 * settings.write_timeout_seconds)
+    patience = int(1000 * (2 * settings.write_timeout_seconds + CUT_SECONDS))
     with suppress(AttributeError):
         for listener in listeners:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
