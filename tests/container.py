@@ -106,7 +106,8 @@ def build(dockerfile: str, source: Path, base: Path, work: Path) -> Image:
             continue
         if name == "FROM":
             root = work / f"stage-{len(stages)}"
-            run("cp", "-a", str(base), str(root))
+            # Links, not copies: what the steps change, they write anew.
+            run("cp", "-al", str(base), str(root))
             stages.append((rest.partition(" AS ")[2], Image(root)))
             continue
         carry_out(stages[-1][1], name, rest, arguments, dict(stages), files)

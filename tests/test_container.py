@@ -27,6 +27,7 @@ from tests.container import (
     DOCKERFILE,
     MIB,
     ROOT,
+    SUITE,
     Container,
     Image,
     build,
@@ -113,6 +114,10 @@ async def get(container: Container, path: str) -> Reply:
 
 
 def test_the_image_holds_nothing_to_build_or_install_with(image: Image) -> None:
+    base = image.labels["org.opencontainers.image.base.name"]
+    python = (image.root / "usr" / "bin" / "python3").readlink()
+    # Tried on what it is meant for.
+    assert base == f"python:{str(python).removeprefix('python')}-slim-{SUITE}"
     places = [image.root / place[1:] for place in image.env["PATH"].split(":")]
     programs = {path.name for place in places for path in place.iterdir()}
     assert not {"pip", "pip3", "cc", "gcc", "ld", "as", "make"} & programs

@@ -1,6 +1,7 @@
 """What the files in deploy/ promise. tests/test_container.py keeps the promises' word."""
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from compose_spec import PyCompose
 
 from server import CUT_SECONDS
 from settings import SECRETS, Settings, variables
+from tests.container import context
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -36,10 +38,13 @@ def pod_sidecar() -> dict[str, Any]:
     return {**sidecar, "env": {each["name"]: each["value"] for each in sidecar["env"]}}
 
 
-def test_compose_reads_its_file() -> None:
-    assert PyCompose.from_yaml(COMPOSE).service_names() == ["app", "chat"]
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("compose*.yaml")), ids=lambda file: file.name)
+def test_compose_reads_its_files(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert "chat-sidecar" in text
+    PyCompose.from_yaml(text)
     with pytest.raises(ValueError, match="read_onyl"):
-        PyCompose.from_yaml(COMPOSE.replace("read_only", "read_onyl"))
+        PyCompose.from_yaml(text.replace("read_only", "read_onyl"))
 
 
 @pytest.mark.parametrize("name", ["app", "chat"])
@@ -116,3 +121,16 @@ def test_the_image_has_the_version_of_the_project() -> None:
     assert label is not None
     assert label[1] == project["version"]
     assert pod_sidecar()["image"] == f"{project['name']}:{project['version']}"
+
+
+def test_nothing_reaches_the_build_but_what_it_copies(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    wanted = {"requirements.txt", "service.py", "static/page.html"}
+    left_out = {".env", "chat.db", ".git/config", "tests/a.py", "static/__pycache__/a.pyc"}
+    for name in wanted | left_out:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    shutil.copy(ROOT / ".dockerignore", source)
+    target = context(source, tmp_path / "target")
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert found == wanted
