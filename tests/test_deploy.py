@@ -62,6 +62,23 @@ def test_compose_gives_the_sidecar_its_time_to_stop() -> None:
     assert float(grace.removesuffix("s")) >= STOP_SECONDS + 2
 
 
+def test_replicas_believe_their_balancer_and_share_one_redis_that_forgets_nothing() -> None:
+    file = yaml.safe_load((DEPLOY / "compose.scale.yaml").read_text(encoding="utf-8"))
+    services, network = file["services"], file["networks"]["default"]["ipam"]["config"]
+    nginx = (DEPLOY / "nginx.scale.conf").read_text(encoding="utf-8")
+    assert re.findall("server (.+):8000;", nginx) == ["chat-1", "chat-2"]
+    for name in ("chat-1", "chat-2"):
+        env = services[name]["environment"]
+        assert env.keys() <= {*variables(), *(f"{secret}_FILE" for secret in SECRETS)}
+        assert env["STATE_URL"] == "redis://redis:6379/0"
+        assert network == [{"subnet": env["FORWARDED_ALLOW_IPS"]}]
+        assert float(services[name]["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 2
+    told = " ".join(services["redis"]["command"])
+    assert "--appendonly yes" in told
+    assert "--maxmemory-policy noeviction" in told
+    assert "ports" not in services["redis"]
+
+
 @pytest.mark.parametrize("container", [compose_sidecar(), pod_sidecar()], ids=["compose", "pod"])
 def test_a_sidecar_never_falls_back_on_the_mock_and_is_told_nothing_unknown(
     container: dict[str, Any],
