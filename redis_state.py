@@ -129,14 +129,16 @@ return redis.call('DEL', KEYS[1], KEYS[2])
 """
 
 # KEYS: those of every session whose answer runs here. ARGV: the lease, then their locks' tokens.
-RENEW = f"""{NOW}
+RENEW = """
+local lease = tonumber(ARGV[1])
 for number = 2, #ARGV do
-  local session, turns, lock = unpack(KEYS, number * 3 - 5, number * 3 - 3)
+  local lock = KEYS[number * 3 - 3]
   if redis.call('GET', lock) == ARGV[number] then
-    local ends = math.max(redis.call('HGET', session, 'ends') or 0, now + ARGV[1])
-    redis.call('PEXPIRE', lock, ARGV[1])
-    redis.call('PEXPIREAT', session, ends)
-    redis.call('PEXPIREAT', turns, ends)
+    redis.call('PEXPIRE', lock, lease)
+    if redis.call('PTTL', KEYS[number * 3 - 5]) < lease then
+      redis.call('PEXPIRE', KEYS[number * 3 - 5], lease)
+      redis.call('PEXPIRE', KEYS[number * 3 - 4], lease)
+    end
   end
 end
 """
