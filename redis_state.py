@@ -1,9 +1,9 @@
 """Sessions and limits in Redis, for any number of processes: STATE_URL=redis://… or rediss://…
 
 What `sessions.py` and `ratelimit.py` ask for, as scripts that Redis runs one after the other: each
-is one round trip, and its clock is Redis's own. A session is a hash (whose it is, when it began), a
-list of its turns and, while an answer is being written, a lock, which is a lease: a process that
-dies stops renewing it. One Redis or Valkey at one address; neither Sentinel nor Cluster.
+is one round trip, and its clock is Redis's own. A session is a hash (whose it is, when it began and
+ends), a list of its turns and, while an answer is being written, a lock, which is a lease: a
+process that dies stops renewing it. One Redis or Valkey at one address; no Sentinel, no Cluster.
 """
 
 import asyncio
