@@ -13,10 +13,10 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import anyio
-from dotenv import dotenv_values
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
 from starlette.applications import Starlette
@@ -46,7 +46,7 @@ from providers import (
 from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
 from server import Drain, Server, listen, probe, shutting_down
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, unknown_variables
+from settings import Settings, SettingsError, from_env, read_env_file, unknown_variables
 
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
 ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
@@ -460,16 +460,15 @@ def main() -> None:
     given = {name: value for name, value in os.environ.items() if value.strip()}
     drain = Drain()
     try:
-        file = {name: value or "" for name, value in dotenv_values(".env").items()}
+        file = read_env_file(Path(".env"))
         settings = from_env({**file, **given})
         if asked.probe:
             sys.exit(probe(settings))
         log = configure_logging(settings.log_level)
         listeners = listen(settings)
         app = create_app(settings, log, drain)
-    except (SettingsError, UnicodeDecodeError) as error:
-        reason = error if isinstance(error, SettingsError) else ".env is not text in UTF-8"
-        sys.stderr.write(f"chat-sidecar can't start: {reason}\n")
+    except SettingsError as error:
+        sys.stderr.write(f"chat-sidecar can't start: {error}\n")
         sys.exit(2)
     for warning in unknown_variables(file, settings):
         log.warning(warning)

@@ -13,6 +13,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -289,6 +290,27 @@ def from_env(env: Mapping[str, str]) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         raise SettingsError(_one_line(error, values)) from None
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of an .env file, as they stand there; none where there is no file. Raises
+    SettingsError, which holds nothing of a line: it may be a secret's."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise SettingsError(f"{path} can't be read: {reason}") from None
+    values = {}
+    for key, value, (text, line), broken in bindings:
+        if broken or (key is not None and value is None):
+            line += text[: -len(text.lstrip())].count("\n")
+            raise SettingsError(f"{path}, line {line}: takes NAME=VALUE, quotes in pairs")
+        if key is not None:
+            values[key] = value or ""
+    return values
 
 
 def unknown_variables(file: Iterable[str], settings: Settings) -> list[str]:

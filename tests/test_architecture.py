@@ -78,7 +78,7 @@ def environment(tree: ast.AST) -> list[int]:
         node.lineno
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute | ast.Name)
-        if getattr(node, "attr", getattr(node, "id", "")) in ("environ", "getenv", "dotenv_values")
+        if getattr(node, "attr", getattr(node, "id", "")) in ("environ", "getenv", "read_env_file")
     ]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from settings import (
@@ -18,6 +17,7 @@ from settings import (
     Settings,
     SettingsError,
     from_env,
+    read_env_file,
     unknown_variables,
     variables,
 )
@@ -452,6 +452,63 @@ def test_variables_of_a_provider_that_is_not_named_are_unknown() -> None:
     assert len(unknown_variables(["GROQ_BASE_URL", "GROQ_API_KEY"], from_env({}))) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("\ufeff# Only\n\n  # comments\n", {}),
+        ("PORT=1\r\nexport HOST = x # why\nSYSTEM_PROMPT='a\nb'", None),
+        ("API_KEYS=web:${HOME}$PATH\n", {"API_KEYS": "web:${HOME}$PATH"}),
+        ("METRICS=\nMETRICS=off\n", {"METRICS": "off"}),
+    ],
+)
+def test_a_file_is_read_as_it_stands(
+    tmp_path: Path, text: str, values: dict[str, str] | None
+) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes(text.encode())
+    lines = {"PORT": "1", "HOST": "x", "SYSTEM_PROMPT": "a\nb"}
+    assert read_env_file(file) == (lines if values is None else values)
+
+
+def test_a_file_that_is_not_there_sets_nothing(tmp_path: Path) -> None:
+    assert read_env_file(tmp_path / ".env") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PORT=1\n\n# Nobody but callers with keys.\nALLOW_ANONYMOUS false s3cret\n",
+        'PORT=1\nHOST=x\n\nOPENAI_API_KEY="s3cret\n',
+        "\n\nHOST=x\ns3cret\nPORT=1\n",
+    ],
+)
+def test_a_line_that_cannot_be_read_stops_the_start_and_is_not_shown(
+    tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        read_env_file(file)
+    assert str(caught.value) == f"{file}, line 4: takes NAME=VALUE, quotes in pairs"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "Is a directory"),
+        (lambda file: file.write_bytes(b"SYSTEM_PROMPT=caf\xe9\n"), "not text in UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_stops_the_start(
+    tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    file = tmp_path / ".env"
+    make(file)
+    with pytest.raises(SettingsError, match=f"{file} can't be read: {reason}"):
+        read_env_file(file)
+
+
 EXAMPLE = ROOT / ".env.example"
 # A name, as it stands in the example, and its text; commented out where unset is the default.
 ASSIGNMENT = re.compile(r"^(# )?([A-Z_]+)=(.*)$", re.MULTILINE)
@@ -466,8 +523,8 @@ def test_the_example_holds_each_variable_once_in_the_order_of_the_model() -> Non
 
 
 def test_the_example_writes_down_the_defaults() -> None:
-    assert from_env(_texts(dotenv_values(EXAMPLE))) == from_env({})
-    assert unknown_variables(dotenv_values(EXAMPLE), from_env({})) == []
+    assert from_env(read_env_file(EXAMPLE)) == from_env({})
+    assert unknown_variables(read_env_file(EXAMPLE), from_env({})) == []
     for match in ASSIGNMENT.finditer(EXAMPLE.read_text()):
         if match[2] in variables():
             default = Settings.model_fields[match[2].lower()].default
@@ -480,7 +537,7 @@ def test_the_example_is_read_alike_by_whatever_reads_such_files() -> None:
     plain = {
         match[2]: match[3] for match in ASSIGNMENT.finditer(EXAMPLE.read_text()) if not match[1]
     }
-    assert plain == _texts(dotenv_values(EXAMPLE))
+    assert plain == read_env_file(EXAMPLE)
 
 
 def test_a_copy_of_the_example_starts_the_mock(tmp_path: Path) -> None:
@@ -498,10 +555,6 @@ def test_a_copy_of_the_example_starts_the_mock(tmp_path: Path) -> None:
     assert "NO MODEL ANSWERS" in lines[0]
     assert "Listening on http://127.0.0.1:" in lines[1]
     assert "answers come from mock" in lines[1]
-
-
-def _texts(values: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: value or "" for name, value in values.items()}
 
 
 # Read once, by whoever starts the service
