@@ -18,8 +18,7 @@ from typing import Any, cast
 import anyio
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from errors import ServiceError, ShuttingDown
 from settings import Settings, SettingsError
@@ -33,8 +32,6 @@ CUT_SECONDS = 3.0
 KEEP_ALIVE_SECONDS = 75
 # A head is a few kilobytes, cookies and all; h11 allows as much.
 MAX_UNTAKEN_BYTES = 2**16
-# Requests that wait behind an answer; each costs a hundred times its bytes.
-MAX_WAITING = 16
 # Connections that the kernel keeps until they are taken; uvicorn's own number.
 BACKLOG = 2048
 # Docker's and Kubernetes' probes have 30 s and 1 s unless told otherwise.
@@ -130,30 +127,34 @@ def cut(transport: asyncio.Transport) -> None:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, with a way to cut a client that does not read."""
+    """uvicorn's HTTP/1.1, one request at a time, with a way to cut a client that does not read.
 
-    _running: RequestResponseCycle | None = None
+    What is sent behind a request that is not yet answered is passed over, and the connection is
+    closed after the answer: whoever pipelines asks again on another (RFC 9112, 9.3.2).
+    """
+
     # Between two requests, where what comes next is a head.
     _between = True
-    _deaf = False
-    # Bytes that no request has taken: of a head, its trailers, of what waits behind an answer.
+    # Bytes of a head, or of trailers, that have not ended yet.
     _untaken = 0
 
     def data_received(self, data: bytes) -> None:
-        self._untaken += len(data)
+        if self._untaken > MAX_UNTAKEN_BYTES:
+            return
         # httptools leaves what follows a wish to upgrade to the new protocol, so the body of a POST
         # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only
         # a whole head is touched: a byte more in a body would make its end the next request.
         head, end, rest = data.partition(b"\r\n\r\n")
         if self._between and end:
             data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
-        if not self._deaf:
-            super().data_received(data)
+        self._untaken += len(data)
+        super().data_received(data)
         if self._untaken > MAX_UNTAKEN_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of this request is too large.")
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_WAITING:
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Ends the parsing, in `send_400_response`.
             raise OverflowError
         super().on_message_begin()
         self._between = False
@@ -162,44 +163,29 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        self._untaken = 0
         # What follows are trailers, which must not pass for headers (RFC 9110, 6.5.1).
         self.headers = []
-        # Where a request waits uvicorn reads no further, and would not see the client leave.
-        self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        if self.cycle is self._running:
-            self._untaken = 0
+        self._untaken = 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._between = True
         if self.parser.should_upgrade():
             # The head came in parts. Its body was passed over and is not the next request.
-            self._deaf = True
             self.cycle.keep_alive = False
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        self._untaken = 0
-        super()._start_asgi_task(cycle, app)
-
     def send_400_response(self, msg: str) -> None:
-        running = self._running
-        if running and running.response_started and not running.response_complete:
-            # In the middle of an answer there is no place for another.
-            self.transport.close()
+        cycle = self.cycle
+        owed = cycle is not None and not cycle.response_complete
+        if owed and (cycle.response_started or not cycle.more_body):
+            # There is no place for another answer, before this one or in its middle.
+            cycle.keep_alive = False
         else:
             super().send_400_response(msg)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        # Of pipelined requests uvicorn tells only the newest; it is the oldest that is answered.
-        self.pipeline.clear()
-        if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
-        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
