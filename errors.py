@@ -89,8 +89,6 @@ class ServiceError(Exception):
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after
-        # Headers for the answer, beside what every error has.
-        self.headers: dict[str, str] = {}
         if retryable is not None:
             self.retryable = retryable
 

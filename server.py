@@ -74,10 +74,7 @@ def listen(settings: Settings) -> list[socket.socket]:
 
 
 def shutting_down() -> ShuttingDown:
-    error = ShuttingDown("The service is being stopped. Try again.", retry_after=1)
-    # Another replica may take the next request, but not on a connection to this one.
-    error.headers["Connection"] = "close"
-    return error
+    return ShuttingDown("The service is being stopped. Try again.", retry_after=1)
 
 
 class Drain:

@@ -60,6 +60,8 @@ PROBE = "ask the service that runs with these settings whether it is ready, and 
 # More than any model's context; a provider's number beyond it is nonsense.
 MAX_TOKENS = 2**31
 SWEEP_SECONDS = 60.0
+# What is still to come of a body is not read; the next request had better go to another replica.
+CLOSING = (errors.BodyTooLarge, errors.RequestTimeout, errors.ShuttingDown)
 # A refused body is read on for this much, so that a client that writes before it reads gets the
 # answer and not a reset connection.
 MAX_REFUSED_BYTES = 2**22
@@ -180,18 +182,13 @@ class Service:
                 elif received > MAX_REFUSED_BYTES:
                     break
         telemetry.record_of(request.scope).waited = time.monotonic() - began
-        refused: errors.ServiceError
         if received > limit:
-            refused = errors.BodyTooLarge(f"The body may have {limit} bytes.")
-        elif waiting.cancelled_caught and self.drain.draining:
-            refused = shutting_down()
-        elif waiting.cancelled_caught:
-            refused = errors.RequestTimeout(f"The body did not arrive within {seconds:g} s.")
-        else:
-            return bytes(body)
-        # What is still to come of the body is not read.
-        refused.headers["Connection"] = "close"
-        raise refused
+            raise errors.BodyTooLarge(f"The body may have {limit} bytes.")
+        if waiting.cancelled_caught and self.drain.draining:
+            raise shutting_down()
+        if waiting.cancelled_caught:
+            raise errors.RequestTimeout(f"The body did not arrive within {seconds:g} s.")
+        return bytes(body)
 
     def _refuse_shared_name(self, request: Request, caller: Caller, session_id: str) -> None:
         """An id of one's own choice is private to the caller. Behind an unknown proxy all users
@@ -255,11 +252,15 @@ class Service:
     # What a session remembers, and its end
 
     async def session(self, request: Request) -> Response:
-        owner, session_id = await self._session_asked(request)
+        record = telemetry.record_of(request.scope)
+        caller = await self._admit(request, record)
+        session_id: str = request.path_params["session_id"]
+        record.fields["session"] = telemetry.short_hash(session_id)
+        self._refuse_shared_name(request, caller, session_id)
         if request.method == "DELETE":
-            await self.store.delete(owner, session_id)
+            await self.store.delete(caller.owner, session_id)
             return Response(status_code=204)
-        session = await self.store.read(owner, session_id)
+        session = await self.store.read(caller.owner, session_id)
         messages = []
         for turn in session.turns:
             messages.append(_message("user", turn.message, turn.asked_at))
@@ -271,15 +272,6 @@ class Service:
             "messages": messages,
         }
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
-
-    async def _session_asked(self, request: Request) -> tuple[str, str]:
-        """The owner who asks and the id asked for."""
-        record = telemetry.record_of(request.scope)
-        caller = await self._admit(request, record)
-        session_id: str = request.path_params["session_id"]
-        record.fields["session"] = telemetry.short_hash(session_id)
-        self._refuse_shared_name(request, caller, session_id)
-        return caller.owner, session_id
 
     # The other routes
 
@@ -313,11 +305,12 @@ async def on_error(request: Request, error: Exception) -> Response:
     """Any error, ours or Starlette's, as an answer."""
     record = telemetry.record_of(request.scope)
     told: errors.ServiceError
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     if isinstance(error, errors.ServiceError):
         told = error
     elif isinstance(error, HTTPException) and error.headers:
         told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
-        told.headers |= error.headers
+        headers |= error.headers
     elif isinstance(error, HTTPException):
         told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
     else:
@@ -325,12 +318,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     record.outcome = record.outcome or told.code
     if told.cause and "attempts" not in record.fields:
         record.fields["cause"] = told.cause
-    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **told.headers}
     detail = told.detail()
     if detail.retry_after is not None:
         headers["Retry-After"] = str(detail.retry_after)
     if isinstance(told, errors.InvalidAPIKey):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(told, CLOSING):
+        headers["Connection"] = "close"
     body = errors.ErrorBody(error=detail, id=record.request_id)
     return Response(to_json(body), told.status, headers, "application/json")
 
@@ -366,23 +360,6 @@ def make_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionSt
     return {kind: Limiter(rate, _microseconds) for kind, rate in limited.items()}, store
 
 
-def make_service(settings: Settings, router: Router, log: logging.Logger, drain: Drain) -> Service:
-    limiters, store = make_state(settings)
-    streams = Streams(settings.max_streams, settings.max_streams_per_caller)
-    metrics = telemetry.Metrics()
-    metrics.open_streams.set_function(lambda: streams.open)
-    return Service(
-        settings=settings,
-        router=router,
-        limiters=limiters,
-        streams=streams,
-        drain=drain,
-        store=store,
-        metrics=metrics,
-        log=log,
-    )
-
-
 def _microseconds() -> int:
     return time.monotonic_ns() // 1000
 
@@ -393,7 +370,12 @@ def create_app(
     """The whole application, which ends when `drain` says so; `more` are providers beside those of
     the settings. Raises SettingsError."""
     providers = make_providers(settings) | {provider.name: provider for provider in more}
-    service = make_service(settings, Router(settings, providers), log, drain)
+    router = Router(settings, providers)
+    limiters, store = make_state(settings)
+    streams = Streams(settings.max_streams, settings.max_streams_per_caller)
+    metrics = telemetry.Metrics()
+    metrics.open_streams.set_function(lambda: streams.open)
+    service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     routes = [
         Route("/api/v1/chat", service.chat, methods=["POST"]),
         Route("/api/v1/models", service.models),
@@ -410,10 +392,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(keep_sweeping, service.store)
+            tasks.start_soon(keep_sweeping, store)
             yield
             tasks.cancel_scope.cancel()
-        await service.store.aclose()
+        await store.aclose()
         for provider in providers.values():
             await provider.aclose()
 
@@ -435,7 +417,7 @@ def create_app(
         trusted = [str(network) for network in settings.forwarded_allow_ips]
         # uvicorn and Starlette each have types of their own for ASGI.
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
-    return telemetry.RequestContext(app, log, service.metrics)
+    return telemetry.RequestContext(app, log, metrics)
 
 
 def configure_logging(level: str) -> logging.Logger:

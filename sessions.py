@@ -11,12 +11,11 @@ import os
 import re
 import secrets
 import sqlite3
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import anyio
 from pydantic_core import from_json, to_json
@@ -67,40 +66,33 @@ class Session:
     turns: Sequence[Turn] = ()
 
 
-class SessionStore(ABC):
+class SessionStore(Protocol):
     """Sessions by owner and id. Every call may raise StateUnavailable.
 
     An owner is `key:NAME` or `anonymous:ADDRESS`. An id that the service issued belongs to the key
     it was issued to, or to anyone who holds it; any other id is private to its owner.
     """
 
-    @abstractmethod
     async def open(self, owner: str, session_id: str | None) -> Session:
         """The session, locked until `end`; a new one for None or an unknown id of the caller's
         choice. Raises SessionNotFound, SessionBusy."""
 
-    @abstractmethod
     async def end(self, session: Session, turn: Turn | None) -> None:
         """Store the turn, if any, forget what no longer fits, and unlock; the unlocking always. A
         turn of a session that has meanwhile ended, or whose lock was lost, is StateUnavailable."""
 
-    @abstractmethod
     async def read(self, owner: str, session_id: str) -> Session:
         """The session, whether locked or not. Raises SessionNotFound."""
 
-    @abstractmethod
     async def delete(self, owner: str, session_id: str) -> None:
         """Raises SessionNotFound, SessionBusy."""
 
-    @abstractmethod
     async def sweep(self) -> None:
         """Remove what has expired."""
 
-    @abstractmethod
     async def check(self) -> None:
         """Raises StateUnavailable if the store does not answer."""
 
-    @abstractmethod
     async def aclose(self) -> None:
         """Give back the file or the connections."""
 
