@@ -87,7 +87,6 @@ class ServiceError(Exception):
         self, message: str, *, retryable: bool | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(message)
-        self.message = message
         self.retry_after = retry_after
         if retryable is not None:
             self.retryable = retryable
@@ -104,7 +103,7 @@ class ServiceError(Exception):
     def detail(self) -> ErrorDetail:
         wait = None if self.retry_after is None else math.ceil(self.retry_after)
         return ErrorDetail(
-            code=self.code, message=self.message, retryable=self.retryable, retry_after=wait
+            code=self.code, message=str(self), retryable=self.retryable, retry_after=wait
         )
 
 

@@ -38,21 +38,6 @@ BACKLOG = 2048
 PROBE_SECONDS = 2.0
 
 
-def probe(settings: Settings) -> str | None:
-    """What is wrong with the service that listens as `settings` say, in a line; None if it is
-    ready. To connect to 0.0.0.0 is to connect to this machine."""
-    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=PROBE_SECONDS)
-    allowed = settings.allowed_hosts[0].replace("*", "localhost")
-    try:
-        connection.request("GET", "/readyz", headers={"Host": allowed})
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        return f"Nothing answers at {settings.host}:{settings.port}: {error}"
-    finally:
-        connection.close()
-    return None if status == 200 else f"Not ready: {settings.host}:{settings.port} answers {status}"
-
-
 def listen(settings: Settings) -> list[socket.socket]:
     """A socket for each address of HOST. Raises SettingsError where it can't be had."""
     host, port = settings.host, settings.port
@@ -71,48 +56,6 @@ def listen(settings: Settings) -> list[socket.socket]:
         for listener in listeners:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     return listeners
-
-
-def shutting_down() -> ShuttingDown:
-    return ShuttingDown("The service is being stopped. Try again.", retry_after=1)
-
-
-class Drain:
-    """The end of the service: what is under way may finish for a while, then it is ended."""
-
-    def __init__(self) -> None:
-        self.draining = False
-        self._over = False
-        self._ends: set[Callable[[ServiceError], None]] = set()
-        self._changed = asyncio.Event()
-
-    @contextmanager
-    def under_way(self, end_early: Callable[[ServiceError], None]) -> Iterator[None]:
-        """Held by whatever must not be cut without a word; `end_early` is the way to end it."""
-        self._ends.add(end_early)
-        if self._over:
-            end_early(shutting_down())
-        try:
-            yield
-        finally:
-            self._ends.discard(end_early)
-            self._changed.set()
-
-    def hurry(self) -> None:
-        """End what is under way now."""
-        self._over = True
-        self._changed.set()
-
-    async def finish(self, seconds: float) -> None:
-        """Return when nothing is under way, or when all that was has been told to end."""
-        self.draining = True
-        with anyio.move_on_after(seconds):
-            while self._ends and not self._over:
-                self._changed.clear()
-                await self._changed.wait()
-        self._over = True
-        for end_early in list(self._ends):
-            end_early(shutting_down())
 
 
 def cut(transport: asyncio.Transport) -> None:
@@ -185,14 +128,54 @@ class Protocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
 
+def shutting_down() -> ShuttingDown:
+    return ShuttingDown("The service is being stopped. Try again.", retry_after=1)
+
+
+class Drain:
+    """The end of the service: what is under way may finish for a while, then it is ended."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._over = False
+        self._ends: set[Callable[[ServiceError], None]] = set()
+        self._changed = asyncio.Event()
+
+    @contextmanager
+    def under_way(self, end_early: Callable[[ServiceError], None]) -> Iterator[None]:
+        """Held by whatever must not be cut without a word; `end_early` is the way to end it."""
+        self._ends.add(end_early)
+        if self._over:
+            end_early(shutting_down())
+        try:
+            yield
+        finally:
+            self._ends.discard(end_early)
+            self._changed.set()
+
+    def hurry(self) -> None:
+        """End what is under way now."""
+        self._over = True
+        self._changed.set()
+
+    async def finish(self, seconds: float) -> None:
+        """Return when nothing is under way, or when all that was has been told to end."""
+        self.draining = True
+        with anyio.move_on_after(seconds):
+            while self._ends and not self._over:
+                self._changed.clear()
+                await self._changed.wait()
+        self._over = True
+        for end_early in list(self._ends):
+            end_early(shutting_down())
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which says where it listens and lets answers end when it is stopped."""
 
     def __init__(self, app: ASGIApp, settings: Settings, log: logging.Logger, drain: Drain) -> None:
         config = uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
             http=Protocol,
             ws="none",
             lifespan="on",
@@ -234,3 +217,18 @@ class Server(uvicorn.Server):
     def _cut(self) -> None:
         for connection in list(self.server_state.connections):
             cut(connection.transport)
+
+
+def probe(settings: Settings) -> str | None:
+    """What is wrong with the service that listens as `settings` say, in a line; None if it is
+    ready. To connect to 0.0.0.0 is to connect to this machine."""
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=PROBE_SECONDS)
+    allowed = settings.allowed_hosts[0].replace("*", "localhost")
+    try:
+        connection.request("GET", "/readyz", headers={"Host": allowed})
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return f"Nothing answers at {settings.host}:{settings.port}: {error}"
+    finally:
+        connection.close()
+    return None if status == 200 else f"Not ready: {settings.host}:{settings.port} answers {status}"

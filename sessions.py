@@ -26,6 +26,7 @@ from settings import SettingsError
 # `s_` and 256 random bits: nobody guesses one, so holding it is the right to use it.
 ISSUED = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
+BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
 # Stored in the file; a release that knows only older ones refuses it.
 SCHEMA_VERSION = 1
 # SQLite's own place for a file's owner (sqlite.org/pragma.html#pragma_application_id): "chat".
@@ -139,9 +140,9 @@ class SQLiteStore(SessionStore):
     """Sessions in one SQLite file, for one process.
 
     All work is done by one thread, and each change is one statement, which SQLite does whole or not
-    at all. So the event loop never waits for the disk and the locks, which
-    are that thread's alone, need no locking of their own; they go with the process. Ids are stored
-    as SHA-256: whoever reads the file has the conversations, but not the right to go on with them.
+    at all. So the event loop never waits for the disk, and the sessions' locks, which are that
+    thread's alone, need no locking of their own; they go with the process. Ids are stored as
+    SHA-256: whoever reads the file has the conversations, but not the right to go on with them.
     """
 
     def __init__(
@@ -275,9 +276,6 @@ class SQLiteStore(SessionStore):
         # what was deleted.
         self._db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
         return len(expired)
-
-
-BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
 
 
 def _digest(session_id: str) -> bytes:
