@@ -238,7 +238,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     # ---- What the operator sees
 
-    # debug, info, warning or error; warning hides the line for each request.
+    # debug, info, warning or error; warning hides the lines of requests that did not fail.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     # off removes /metrics.
     metrics: bool = True

@@ -30,6 +30,8 @@ PROBES = ("/healthz", "/readyz", "/metrics")
 # In JSON a field that is null, and the quotes around a word; those of a text are escaped, or have
 # something else beside them.
 UNNEEDED = re.compile(r' "\w+"=null|(?<!\\)"([A-Za-z0-9._:/+@-]+)"')
+# Nobody's wish and not the caller's fault: whoever hides the line of each request sees these.
+FAILURES = re.compile("upstream_.+|overloaded|state_unavailable")
 # From a refusal to a long answer.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 30, 60, 120, 600)
 
@@ -144,7 +146,8 @@ class RequestContext:
             fields["trace_id"] = record.traceparent[3:35]
         # Probes and scrapes come every second and say nothing while they succeed.
         quiet = logging.DEBUG if outcome == "done" and route in PROBES else logging.INFO
-        level = logging.ERROR if record.defect else quiet
+        level = logging.WARNING if FAILURES.fullmatch(outcome) else quiet
+        level = logging.ERROR if record.defect else level
         self.log.log(level, "request", extra={"fields": fields}, exc_info=record.defect)
 
 

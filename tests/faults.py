@@ -31,6 +31,15 @@ STATUS = {
 }
 
 
+# What is the caller's to change, or nobody's fault, is no news to an operator.
+QUIET = {"done", "context_too_long", "content_refused", "shutting_down"}
+
+
+def level(ended: str) -> str:
+    """How loudly the log tells of an answer that ended like this."""
+    return "info" if ended in QUIET else "warning"
+
+
 def settings(url: str) -> dict[str, str]:
     """One provider at `url`, asked once, and no limit in the way."""
     return {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
-from tests.faults import STATUS, ending, outcome, scene
+from tests.faults import STATUS, ending, level, outcome, scene
 from tests.upstream import (
     DONE,
     END,
@@ -85,7 +85,7 @@ async def check(fault: Fault, opening: bytes = b"", said: str = "") -> None:
         assert await play.history() == ([(said, fault.outcome == "done")] if said else [])
         line = await play.line()
         ends = (line["outcome"], line["status"], line["level"])
-        assert ends == (fault.outcome, reply.status, "info")
+        assert ends == (fault.outcome, reply.status, level(fault.outcome))
         [attempt] = line["attempts"]
         assert attempt["error"] == (None if fault.outcome == "done" else fault.outcome)
         await play.nothing_held()

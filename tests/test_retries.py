@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.faults import STATUS, ending, outcome, scene
+from tests.faults import STATUS, ending, level, outcome, scene
 from tests.upstream import Connection, Script, event, response
 
 slow = pytest.mark.slow
@@ -272,7 +272,7 @@ async def test_a_provider_that_can_not_be_reached_is_answered_for(
         assert last["error"]["retryable"]
         assert play.upstream.requests == []
         line = await play.line()
-        assert (line["outcome"], line["level"]) == (code, "info")
+        assert (line["outcome"], line["level"]) == (code, "warning")
         assert [each["error"] for each in line["attempts"]] == [code, code]
         await play.nothing_held()
 
@@ -391,7 +391,7 @@ async def test_a_failure_before_the_first_piece_goes_to_the_next_model(row: Row)
         assert tuple(len(each.requests) for each in play.upstreams) == row.asked
         line = await play.line()
         assert [each["error"] for each in line["attempts"]] == row.errors
-        assert (line["outcome"], line["level"]) == (row.outcome, "info")
+        assert (line["outcome"], line["level"]) == (row.outcome, level(row.outcome))
         models = [each["model"] for each in line["attempts"]]
         order = ["openai/gpt-4o-mini", "b/m-b", "c/m-c"]
         assert models == order[: len(models)] + ["c/m-c"] * (len(models) - 3)
