@@ -53,13 +53,11 @@ def _items(text: str) -> tuple[str, ...]:
 
 
 def _split(value: object) -> object:
-    """A list as it stands in the environment; anything but text is left to pydantic."""
+    """A list as it stands in the environment, or the providers that were made of one."""
     return _items(value) if isinstance(value, str) else value
 
 
-def _rate(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _rate(value: str) -> Rate | None:
     if value == "off":
         return None
     match = re.fullmatch(r"([1-9][0-9]{0,8})/(second|minute|hour|day)", value)
@@ -68,10 +66,8 @@ def _rate(value: object) -> object:
     return Rate(int(match[1]), RATE_UNITS[match[2]])
 
 
-def _api_keys(value: object) -> object:
+def _api_keys(value: str) -> tuple[ApiKey, ...]:
     """`name:key,name:key`; a name may stand twice, so that a key can be replaced without a gap."""
-    if not isinstance(value, str):
-        return value
     keys = []
     for number, item in enumerate(value.split(","), start=1):
         name, _, key = item.strip().partition(":")

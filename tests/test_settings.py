@@ -12,8 +12,6 @@ import pytest
 from pydantic import ValidationError
 
 from settings import (
-    ApiKey,
-    Rate,
     Settings,
     SettingsError,
     from_env,
@@ -330,12 +328,6 @@ def test_a_key_may_hold_colons() -> None:
     whole, part = (from_env({"API_KEYS": f"app:{CALLER_KEY}{end}"}) for end in (":x", ""))
     assert [key.name for key in whole.api_keys] == ["app"]
     assert whole.api_keys != part.api_keys
-
-
-def test_values_that_are_no_text_are_taken_as_they_are() -> None:
-    given = {"api_keys": (ApiKey("app", b"digest"),), "rate_limit": Rate(1, 2), "models": ("a,b",)}
-    settings = Settings.model_validate(given)
-    assert (settings.api_keys, settings.rate_limit, settings.models) == tuple(given.values())
 
 
 # Providers
