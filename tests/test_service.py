@@ -590,6 +590,7 @@ TOO_LARGE = b"x" * 200
     ("env", "headers", "body", "expected"),
     [
         ({"MAX_STREAMS": "1"}, {**WRONG_TYPE, **WRONG_KEY}, TOO_LARGE, (401, "invalid_api_key")),
+        ({"RATE_LIMIT": "1/day"}, WRONG_KEY, HELLO, (429, "rate_limited")),
         ({"MAX_STREAMS": "1", "RATE_LIMIT": "1/day"}, JSON, HELLO, (429, "rate_limited")),
         (
             {"MAX_STREAMS": "1", "MAX_STREAMS_PER_CALLER": "1"},
