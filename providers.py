@@ -21,6 +21,7 @@ import aiohttp
 import anyio
 import httpx
 from httpx_aiohttp import AiohttpTransport
+from httpx_aiohttp.transport import AiohttpResponseStream
 from pydantic import HttpUrl
 from pydantic_core import from_json, to_json
 
@@ -36,6 +37,10 @@ FINISH_SECONDS = 5.0
 CLOSE_SECONDS = 0.1
 # An idle connection saves the next request its TLS handshake; servers hang up after 5 to 400 s.
 KEEP_ALIVE_SECONDS = 30.0
+
+# As much as aiohttp holds back before it stops reading, so that what has come leaves at once; in the
+# 16 KiB that httpx-aiohttp asks for, an event of a burst takes a fifth more time.
+READ_BYTES = 2**16
 
 Message = dict[str, str]
 
@@ -134,8 +139,14 @@ class OpenAIProvider(LLMProvider):
         body = to_json({"model": model, "messages": messages, **self._options})
         headers = {**self._headers, **call.headers()}
         request = httpx.Request(
-            "POST", self._url, content=body, headers=headers, extensions=self._extensions
+            "POST",
+            self._url,
+            # A fourth of the time that `content=body` takes: aiohttp sets the body's headers.
+            stream=httpx.ByteStream(body),
+            headers=headers,
+            extensions=self._extensions,
         )
+        request.read()
         reader = ChunkReader()
         with upstream_errors():
             response = await self._transport.handle_async_request(request)
@@ -185,8 +196,9 @@ class OpenAIProvider(LLMProvider):
 
 def _reads(response: httpx.Response) -> AsyncIterator[bytes]:
     """The body as it arrives: the transport's own iterator, without httpx's two around it."""
-    # httpx's type has room for streams that block, which no asynchronous transport returns.
-    return aiter(cast(httpx.AsyncByteStream, response.stream))
+    stream = cast(AiohttpResponseStream, response.stream)
+    stream.CHUNK_SIZE = READ_BYTES
+    return aiter(stream)
 
 
 async def _check(response: httpx.Response) -> None:

@@ -158,8 +158,9 @@ def short_address(host: str) -> str:
     except ValueError:
         return "unknown"
     address = getattr(address, "ipv4_mapped", None) or address
-    prefix = 24 if address.version == 4 else 48
-    return str(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
+    if address.version == 4:
+        return f"{str(address).rpartition('.')[0]}.0/24"
+    return str(ipaddress.IPv6Network((int(address), 48), strict=False))
 
 
 def short_hash(value: str) -> str:
