@@ -38,7 +38,7 @@ CLOSE_SECONDS = 0.1
 # An idle connection saves the next request its TLS handshake; servers hang up after 5 to 400 s.
 KEEP_ALIVE_SECONDS = 30.0
 
-# As much as aiohttp holds back before it stops reading, so that what has come leaves at once; in the
+# As much as aiohttp holds before it stops reading, so that what has come leaves at once; by the
 # 16 KiB that httpx-aiohttp asks for, an event of a burst takes a fifth more time.
 READ_BYTES = 2**16
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -452,6 +453,10 @@ def main() -> None:
     except SettingsError as error:
         sys.stderr.write(f"chat-sidecar can't start: {error}\n")
         sys.exit(2)
+    # What the start made stays; a thousand open streams are a million objects more. By Python's own
+    # thresholds (700, 10, 10) to look through them took a tenth of the time, 0.4 s of it at once.
+    gc.freeze()
+    gc.set_threshold(10_000, 5, 20)
     for warning in unknown_variables(file, settings):
         log.warning(warning)
     if settings.default_provider_name == "mock":
