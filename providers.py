@@ -363,7 +363,8 @@ class Router:
         mocks = [f"mock/{model}" for model in MockProvider.models]
         self.known = {*self._fallbacks, *mocks, *(full for _, full in self._patterns)}
         if not self._allows(self._full_name(settings.default_model)):
-            raise SettingsError(f"DEFAULT_MODEL={settings.default_model!r} is not among MODELS")
+            problem = "is not among MODELS: set it to one of them"
+            raise SettingsError(f"DEFAULT_MODEL={settings.default_model!r} {problem}")
 
     def _allows(self, full: str) -> bool:
         return any(fnmatchcase(full, pattern) for _, pattern in self._patterns)

@@ -36,7 +36,10 @@ LEASE_MILLISECONDS = 4000
 # The whole numbers of a double, which Lua counts with.
 EXACT = 2**53
 TAKES = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
-UNAVAILABLE = "Conversations and limits can't be reached just now. Try again."
+UNAVAILABLE = (
+    "Conversations and limits can't be reached just now; an answer that just came may not be"
+    " remembered."
+)
 LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
 
 # `ratelimit.take` on whole numbers that a double holds. A bucket is "shares at"; it expires when it
@@ -176,7 +179,8 @@ class Server:
             )
             memory = self._client.info("memory")
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise SettingsError(f"STATE_URL: Redis does not serve: {error}") from None
+            problem = f"Redis does not serve: {error} Start it, or set another"
+            raise SettingsError(f"STATE_URL: {problem}") from None
         except (redis.RedisError, ValueError, TypeError) as error:
             # Their texts may quote the user's name or the password.
             problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"

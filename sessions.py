@@ -198,7 +198,9 @@ class SQLiteStore(SessionStore):
             return await asyncio.shield(running)
         except sqlite3.Error as error:
             raise errors.StateUnavailable(
-                "The conversations can't be read or stored just now. Try again.", retry_after=1
+                "Conversations can't be read or stored just now; an answer that just came may not"
+                " be remembered.",
+                retry_after=1,
             ) from error
 
     # In the store's thread

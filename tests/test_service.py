@@ -1238,7 +1238,10 @@ async def test_interrupted_from_the_keyboard_it_stops_as_well(launch: Launch) ->
         ({"HOST": "a..b"}, "HOST='a..b', PORT=0: "),
         ({"RATE_LIMIT": "10"}, "RATE_LIMIT='10'"),
         ({"API_KEYS": "me:tooshort-4711"}, "API_KEYS: "),
-        ({"MODELS": "gpt-9"}, "DEFAULT_MODEL='gpt-4o-mini' is not among MODELS"),
+        (
+            {"MODELS": "gpt-9"},
+            "DEFAULT_MODEL='gpt-4o-mini' is not among MODELS: set it to one of them",
+        ),
     ],
 )
 async def test_a_bad_setting_stops_the_start_with_one_line_that_names_it(
