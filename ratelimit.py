@@ -51,10 +51,9 @@ def by_address(host: str | None) -> Caller:
         address = ipaddress.ip_address(host or "")
     except ValueError:
         return Caller("anonymous", "unknown")
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:
-            return Caller("anonymous", str(ipaddress.IPv6Network((int(address), 64), strict=False)))
-        address = address.ipv4_mapped
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.version == 6:
+        return Caller("anonymous", str(ipaddress.IPv6Network((int(address), 64), strict=False)))
     return Caller("anonymous", str(address))
 
 
