@@ -23,7 +23,7 @@ from redis.exceptions import NoScriptError
 
 import errors
 from ratelimit import MICROSECONDS, Caller, RateLimiter, Verdict, told
-from sessions import BUSY, ISSUED, Session, SessionStore, Turn, issue, kept
+from sessions import BUSY, ISSUED, UNAVAILABLE, Session, SessionStore, Turn, issue, kept
 from settings import Rate, SettingsError
 
 # For a trip, with the one before it and a new connection. A request makes two of them before its
@@ -36,10 +36,6 @@ LEASE_MILLISECONDS = 4000
 # The whole numbers of a double, which Lua counts with.
 EXACT = 2**53
 TAKES = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
-UNAVAILABLE = (
-    "Conversations and limits can't be reached just now; an answer that just came may not be"
-    " remembered."
-)
 LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
 
 # `ratelimit.take` on whole numbers that a double holds. A bucket is "shares at"; it expires when it

@@ -27,6 +27,7 @@ from settings import SettingsError
 ISSUED = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
 BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
+UNAVAILABLE = "Conversations can't be reached just now; the latest answer may not be remembered."
 # Stored in the file; a release that knows only older ones refuses it.
 SCHEMA_VERSION = 1
 # SQLite's own place for a file's owner (sqlite.org/pragma.html#pragma_application_id): "chat".
@@ -197,11 +198,7 @@ class SQLiteStore(SessionStore):
             running.add_done_callback(lambda done: done.exception())
             return await asyncio.shield(running)
         except sqlite3.Error as error:
-            raise errors.StateUnavailable(
-                "Conversations can't be read or stored just now; an answer that just came may not"
-                " be remembered.",
-                retry_after=1,
-            ) from error
+            raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from error
 
     # In the store's thread
 

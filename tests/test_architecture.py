@@ -28,7 +28,16 @@ VALUES = {
     # The interfaces that it fills, and what else fills them does alike.
     "redis_state": {
         "ratelimit": {"MICROSECONDS", "Caller", "RateLimiter", "Verdict", "told"},
-        "sessions": {"BUSY", "ISSUED", "Session", "SessionStore", "Turn", "issue", "kept"},
+        "sessions": {
+            "BUSY",
+            "ISSUED",
+            "UNAVAILABLE",
+            "Session",
+            "SessionStore",
+            "Turn",
+            "issue",
+            "kept",
+        },
     },
 }
 
