@@ -23,9 +23,8 @@ from bench.cases import CASES, Figures, Size, Subject, warm
 from bench.load import Questions
 from bench.peers import OPENAI_BODY, PEERS, Peer, Place, upstream
 from bench.process import running
-from bench.report import picture, table
+from bench.report import RESULTS, picture, table
 
-RESULTS = Path(__file__).parent / "results"
 # LiteLLM would be measured for minutes with a thousand streams; the SDK and the proxies have no
 # sessions, only these two a limit of their own.
 LEFT_OUT = {
@@ -141,17 +140,18 @@ async def measure(cases: Sequence[str], peers: Sequence[Peer], rounds: int, size
                 print(f"round {number + 1} of {rounds}", flush=True)
                 for name, figures in (await bench.round()).items():
                     found.setdefault(name, []).append(figures)
-    write(found, rounds)
+    print(table(found))
+    if set(cases) == set(CASES) and len(peers) > 1:
+        write(found, rounds)
 
 
 def write(found: dict[str, list[Figures]], rounds: int) -> None:
+    """Keep a whole run; `make docs` puts it into the README."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = table(found)
     head = f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {rounds} rounds\n\n"
-    (RESULTS / "table.md").write_text(head + text)
+    (RESULTS / "table.md").write_text(head + table(found))
     (RESULTS / "ratios.svg").write_text(picture(found))
-    print(text)
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 
 import uvloop
 
-from bench.__main__ import LOAD_CORE, RESULTS, free_port, last_core
+from bench.__main__ import LOAD_CORE, free_port, last_core
 from bench.cases import Size, Subject, one_by_one, warm
 from bench.load import Questions
 from bench.peers import SERVICE, Place, upstream
 from bench.process import running
-from bench.report import curve
+from bench.report import RESULTS, curve
 from bench.upstream import WORDS
 from ratelimit import Caller, Limiter
 from sessions import open_database

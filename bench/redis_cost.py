@@ -21,11 +21,12 @@ from typing import cast
 
 import uvloop
 
-from bench.__main__ import RESULTS, free_port, machine
+from bench.__main__ import free_port, machine
 from bench.cases import Figures, whole
 from bench.load import Answer, Connection, Questions, connected, percentile
 from bench.peers import NGINX, ROOT, UNLIMITED
 from bench.process import Program, Running, running
+from bench.report import RESULTS
 
 BODY = '{"message":"MESSAGE","session_id":"SESSION"}'
 # So many callers at once, each in a session of its own.

@@ -6,10 +6,12 @@ and another one, and .env.example.
 
 from pathlib import Path
 
+from bench import report
 from tools import configuration, dependencies, rehearse
 
 README = Path(__file__).parent.parent / "README.md"
 PARTS = {
+    "comparison": report.summary,
     "dependencies": dependencies.table,
     "endings": rehearse.table,
     "settings": configuration.table,
