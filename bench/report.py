@@ -143,8 +143,8 @@ def table(results: Results, rows: Sequence[Row] = ROWS) -> str:
 
 COLOURS = {"nginx": "#8a8a8a", "ferro": "#0b84a5", "fastapi": "#e07b39", "litellm": "#a23b72"}
 WIDTH, LEFT, RIGHT, TOP, STEP = 860, 250, 40, 70, 44
-# The axis runs from a tenth of the service's cost to a thousand times.
-DECADES = (-1, 3)
+# The axis runs from a hundredth of the service's cost to a hundred times.
+DECADES = (-2, 2)
 
 
 def _x(times: float) -> float:
