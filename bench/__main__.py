@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import uvloop
 
 from bench.cases import CASES, Figures, Size, Subject, warm
 from bench.load import Questions
-from bench.peers import OPENAI_BODY, PEERS, Peer, Place, upstream
+from bench.peers import OPENAI_BODY, PEERS, SERVICE, Peer, Place, upstream
 from bench.process import running
 from bench.report import RESULTS, picture, table
 
@@ -126,7 +127,8 @@ def installed(peer: Peer) -> Figures:
 def machine() -> str:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     name = cpu[0].partition(":")[2].strip() if cpu else platform.machine()
-    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    version = subprocess.check_output([SERVICE.needs, "--version"], text=True).strip()
+    system = f"Linux {platform.release()}, {version}"
     return f"{name}, {os.cpu_count()} cores, {system}"
 
 
@@ -149,7 +151,7 @@ def write(found: dict[str, list[Figures]], rounds: int) -> None:
     """Keep a whole run; `make docs` puts it into the README."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    head = f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {rounds} rounds\n\n"
+    head = f"{time.strftime('%Y-%m-%d')}, {machine()}; rounds: {rounds}\n\n"
     (RESULTS / "table.md").write_text(head + table(found))
     (RESULTS / "ratios.svg").write_text(picture(found))
 

@@ -116,9 +116,10 @@ def _cell(found: Spread | None, goal: float | None, unit: str = "") -> str:
 
 
 def summary() -> str:
-    """The table of the last whole run, those rows of it that have a goal."""
+    """The table of the last whole run, those rows of it that have a goal; when and where it was."""
     results: Results = json.loads((RESULTS / "figures.json").read_text())
-    return table(results, [row for row in ROWS if row.goals or row.limit])
+    head = (RESULTS / "table.md").read_text().partition("\n")[0]
+    return f"{table(results, [row for row in ROWS if row.goals or row.limit])}\n{head}.\n"
 
 
 def table(results: Results, rows: Sequence[Row] = ROWS) -> str:
