@@ -45,7 +45,9 @@ MAX_PROBLEMS = 10
 # A turn of the event loop that has lasted longer means that there is more to do than time. Then a
 # stream that was served rests, ten times as long as it came late, and what arrives meanwhile leaves
 # in one write, which is most of an event's cost; a quarter of a second at most, which no reader
-# feels. So turns stay short, and new streams, which take six of them to begin, begin soon.
+# feels, and a hundredth of the time that a client has to take what it is sent, or it would be cut
+# by the kernel before its time is over. So turns stay short, and new streams, which take six of
+# them to begin, begin soon.
 LATE_SECONDS = 0.005
 REST = 10
 MAX_REST_SECONDS = 0.25
@@ -278,6 +280,7 @@ class EventStream:
 
     async def _relay(self) -> None:
         head, tail = b'data: {"chunk":', b',"id":' + to_json(self.request_id) + b"}\n\n"
+        longest_rest = min(MAX_REST_SECONDS, self.settings.write_timeout_seconds / 100)
         try:
             async for batch in self.source:
                 now = self._now()
@@ -299,10 +302,13 @@ class EventStream:
                     self.pieces += len(batch)
                     self._text += batch
                     await self._write(events)
-                    late = self.clock() - self._now()
-                    if late > LATE_SECONDS:
-                        await asyncio.sleep(min(REST * late, MAX_REST_SECONDS))
                 self._waiting_since = self._now()
+                late = self.clock() - self._waiting_since
+                if batch and late > LATE_SECONDS:
+                    rest = min(REST * late, longest_rest)
+                    # The provider is not waited for meanwhile.
+                    self._waiting_since += rest
+                    await asyncio.sleep(rest)
         except ServiceError as error:
             self.end = self.end or error
         except Exception as error:

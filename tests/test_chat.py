@@ -671,6 +671,19 @@ async def test_a_stream_rests_while_there_is_more_to_do_than_time(late: float, r
     assert stage.stream.outcome == "done"
 
 
+async def test_a_rest_is_not_the_providers_and_short_where_a_client_has_little_time() -> None:
+    stage = Stage(["a"], 29.9, ["b"], DONE)
+    stage.late = 3.0
+    await stage.play()
+    assert stage.stream.outcome == "done"
+    assert stage.stream.waited == pytest.approx(29.9)
+    hurried = Stage(["a"], ["b"], DONE, WRITE_TIMEOUT_SECONDS="2")
+    hurried.late = 3.0
+    await hurried.play()
+    first, second = (at for at, block in hurried.blocks if "chunk" in block)
+    assert second - first == pytest.approx(0.02)
+
+
 async def test_time_in_which_the_client_takes_nothing_is_not_the_providers() -> None:
     stage = Stage(
         *repeated(25, 4.0, ["a"]), DONE, TOTAL_TIMEOUT_SECONDS="110", IDLE_TIMEOUT_SECONDS="5"

@@ -277,6 +277,7 @@ CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
     "content null": (b'{"choices":[{"delta":{"role":"assistant","content":null}}]}', None),
     "content empty": (b'{"choices":[{"delta":{"content":""}}]}', None),
     "content an empty list": (b'{"choices":[{"delta":{"content":[]}}]}', None),
+    "content that is no text": (b'{"choices":[{"delta":{"content":5}}]}', []),
     "parts of text": (
         (
             b'{"choices":[{"delta":{"content":'
