@@ -276,6 +276,7 @@ CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
     "a role": (b'{"choices":[{"delta":{"role":"assistant"}}]}', None),
     "content null": (b'{"choices":[{"delta":{"role":"assistant","content":null}}]}', None),
     "content empty": (b'{"choices":[{"delta":{"content":""}}]}', None),
+    "content neither text nor parts": (b'{"choices":[{"delta":{"content":5}}]}', []),
     "content an empty list": (b'{"choices":[{"delta":{"content":[]}}]}', None),
     "content that is no text": (b'{"choices":[{"delta":{"content":5}}]}', []),
     "parts of text": (
