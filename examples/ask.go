@@ -4,12 +4,11 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"log"
 	"net/http"
 	"os"
-	"os/signal"
+	"time"
 )
 
 // Without a model the service's default answers.
@@ -19,23 +18,27 @@ type asked struct {
 }
 
 func main() {
+	// At least every 15 s there is an event or a comment: a minute of silence is a dead connection.
+	silence := time.Duration(60)
+	json.Unmarshal([]byte(os.Getenv("CHAT_SILENCE_SECONDS")), &silence)
+	alive := time.AfterFunc(silence*time.Second, func() { log.Fatal("The answer was cut off: silence") })
 	text, _ := json.Marshal(asked{os.Getenv("CHAT_MESSAGE"), os.Getenv("CHAT_MODEL")})
-	// To cancel a request closes its connection, so the provider stops too.
-	stop, _ := signal.NotifyContext(context.Background(), os.Interrupt)
-	request, _ := http.NewRequestWithContext(stop, "POST", os.Getenv("CHAT_URL")+"/api/v1/chat", bytes.NewReader(text))
-	request.Header.Set("Content-Type", "application/json")
-	response, err := http.DefaultClient.Do(request)
+	// The connection ends with this process, and the provider stops too. Where the process lives on,
+	// give the request a context and cancel that.
+	response, err := http.Post(os.Getenv("CHAT_URL")+"/api/v1/chat", "application/json", bytes.NewReader(text))
 	if err != nil {
-		log.Fatal(err)
+		log.Fatal("The service could not be reached: ", err)
 	}
-	for lines := bufio.NewScanner(response.Body); lines.Scan(); {
+	// No Scanner: it takes lines of 64 KiB at most, and an event can have 1 MiB.
+	for lines := bufio.NewReader(response.Body); err == nil; alive.Reset(silence * time.Second) {
+		text, err = lines.ReadBytes('\n')
 		// One event of the answer, or the body of one with an error status. What is no JSON is a
 		// blank line or a comment, and leaves it empty.
 		var told struct {
 			Chunk, Status string
 			Error         *struct{ Code, Message string }
 		}
-		json.Unmarshal(bytes.TrimPrefix(lines.Bytes(), []byte("data: ")), &told)
+		json.Unmarshal(bytes.TrimPrefix(text, []byte("data: ")), &told)
 		if told.Error != nil {
 			log.Fatalf("%s: %s", told.Error.Code, told.Error.Message)
 		} else if told.Status == "done" {
@@ -43,5 +46,5 @@ func main() {
 		}
 		os.Stdout.WriteString(told.Chunk)
 	}
-	log.Fatal("The answer was cut off")
+	log.Fatal("The answer was cut off: ", err)
 }

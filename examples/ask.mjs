@@ -3,12 +3,19 @@
 const { CHAT_URL = "http://127.0.0.1:8000", CHAT_MESSAGE = "Hello", CHAT_MODEL } = process.env;
 // Without a model the service's default answers.
 const body = JSON.stringify({ message: CHAT_MESSAGE, model_id: CHAT_MODEL ?? null });
+// An aborted fetch closes the connection, so the provider stops too.
 const stop = new AbortController();
-process.once("SIGINT", () => stop.abort());
+process.once("SIGINT", () => stop.abort("Stopped"));
+// At least every 15 s there is an event or a comment: a minute of silence is a dead connection.
+const seconds = Number(process.env.CHAT_SILENCE_SECONDS ?? 60);
+const giveUp = () => stop.abort(`The answer was cut off: silence for ${seconds} s`);
+const alive = setTimeout(giveUp, seconds * 1000).unref();
+let failed = "The service could not be reached";
 
 async function* events(response) {
   let rest = "";
   for await (const text of response.body.pipeThrough(new TextDecoderStream())) {
+    alive.refresh();
     const lines = (rest + text).split("\n");
     rest = lines.pop();
     for (const line of lines) if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
@@ -20,6 +27,7 @@ async function ask() {
   const headers = { "Content-Type": "application/json" };
   const asked = { method: "POST", headers, body, signal: stop.signal };
   const response = await fetch(`${CHAT_URL}/api/v1/chat`, asked);
+  failed = "The answer was cut off";
   if (!response.ok) return response.json();
   for await (const event of events(response)) {
     if (event.status) return event;
@@ -33,7 +41,6 @@ try {
   if (error) console.error(`\n${error.code}: ${error.message}`);
   process.exitCode = error ? 1 : 0;
 } catch (error) {
-  // An aborted fetch closes the connection, so the provider stops too.
-  if (!stop.signal.aborted) console.error(`\nThe answer was cut off: ${error.message}`);
-  process.exitCode = stop.signal.aborted ? 130 : 1;
+  console.error(`\n${stop.signal.reason ?? `${failed}: ${error.cause?.message || error.message}`}`);
+  process.exitCode = 1;
 }

@@ -14,12 +14,16 @@ BODY = {
     "message": os.environ.get("CHAT_MESSAGE", "Hello"),
     "model_id": os.environ.get("CHAT_MODEL"),
 }
+# At least every 15 s there is an event or a comment: a minute of silence is a dead connection.
+SILENCE = float(os.environ.get("CHAT_SILENCE_SECONDS", "60"))
 
 
 def ask() -> Any:
     """The last event, or the body of an answer with an error status; both may hold an `error`."""
-    # At least every 15 s there is an event or a comment: a minute of silence is a dead connection.
-    with httpx.Client(timeout=60) as client, connect_sse(client, "POST", URL, json=BODY) as source:
+    with (
+        httpx.Client(timeout=SILENCE) as client,
+        connect_sse(client, "POST", URL, json=BODY) as source,
+    ):
         if source.response.is_error:
             return json.loads(source.response.read())
         for event in source.iter_sse():
@@ -32,6 +36,8 @@ def ask() -> Any:
 
 try:
     end = ask()
+except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+    sys.exit(f"The service could not be reached: {error}")
 except httpx.TransportError as error:
     sys.exit(f"\nThe answer was cut off: {error}")
 except KeyboardInterrupt:

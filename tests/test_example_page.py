@@ -57,8 +57,8 @@ async def page() -> AsyncIterator[Any]:
         yield await browser.new_page()
 
 
-async def ask(page: Any, origin: str, url: str, model: str) -> None:
-    await page.goto(f"{origin}/ask.html?url={url}&model={model}")
+async def ask(page: Any, origin: str, url: str, model: str, silence: float = 60) -> None:
+    await page.goto(f"{origin}/ask.html?url={url}&model={model}&silence={silence}")
     await page.fill("input", "<b>Hello</b>")
     await page.click("text=Ask")
 
@@ -106,3 +106,19 @@ async def test_a_cut_connection_is_not_taken_for_an_end(
     await page.wait_for_function("answer.textContent")
     line.cut()
     assert (await ending(page))[1].startswith("The answer was cut off: ")
+
+
+async def test_a_silent_connection_is_given_up(
+    service: StartService, origin: str, page: Any
+) -> None:
+    app = await service(CORS_ORIGINS=origin)
+    await ask(page, origin, app.url, "mock/hang", silence=0.2)
+    assert await ending(page) == ("", "The answer was cut off: silence")
+    assert (await app.log.request(1))["outcome"] == "client_gone"
+
+
+async def test_a_comment_is_a_sign_of_life(service: StartService, origin: str, page: Any) -> None:
+    limits = {"HEARTBEAT_SECONDS": "0.1", "FIRST_TOKEN_TIMEOUT_SECONDS": "3"}
+    app = await service(CORS_ORIGINS=origin, **limits)
+    await ask(page, origin, app.url, "mock/hang", silence=2)
+    assert (await ending(page))[1].startswith("upstream_timeout: ")

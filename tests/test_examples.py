@@ -2,6 +2,7 @@
 says of a client where it does not."""
 
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from providers import MockProvider
 from tests.redis_server import program
-from tools.rehearse import ENDINGS, Answer, Run, broken_off, faults, rehearse
+from tools.rehearse import ENDINGS, Answer, Run, broken_off, faults, rehearse, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ASKING = sorted(path for path in EXAMPLES.iterdir() if path.stem == "ask")
@@ -41,7 +42,7 @@ def test_every_ending_of_the_mock_is_rehearsed() -> None:
         (Answer("Hi", "e"), Run(1, "Hi", "Hi", "e: no"), ""),
         (Answer("Hi", "e"), Run(1, "Hi", "Hi", ""), "did not name e on stderr"),
         (Answer("Hi", "e"), Run(0, "Hi", "Hi", "e"), "ended with 0, as if the answer were whole"),
-        (Answer("", "e"), Run(None, "", "", "e"), "did not end within 30 s"),
+        (Answer("", "e"), Run(None, "", "", "e"), "did not end within 20 s"),
     ],
 )
 def test_what_a_client_did_wrong_is_named(expected: Answer, done: Run, found: str) -> None:
@@ -86,8 +87,22 @@ async def test_an_example_deals_with_every_ending(
     assert await wrong(*command(tmp_path)) == {}
 
 
-# Waits for the end, splits lines as Python's text does, takes any answer for a whole one, does not
-# let itself be stopped.
+@slow
+@pytest.mark.parametrize("command", [with_python, with_curl, with_node, with_go])
+async def test_an_example_says_that_the_service_is_not_there(
+    command: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and does not listen: the port refuses
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        done = await run(command(tmp_path), url, "mock/echo")
+    assert done.status
+    assert re.search("could not be reached: .*refused|curl: .7. Failed to connect", done.told, re.I)
+    assert "cut off" not in done.told
+
+
+# Waits for the end, however long, splits lines as Python's text does and after 64 KiB, takes any
+# answer for a whole one, does not let itself be stopped.
 CARELESS = """
 import json, os, signal, urllib.error, urllib.request
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -97,7 +112,7 @@ request.add_header("Content-Type", "application/json")
 text = ""
 try:
     with urllib.request.urlopen(request) as reply:
-        for line in reply:
+        for line in iter(lambda: reply.readline(2**16), b""):
             for part in line.decode().splitlines():
                 try:
                     text += json.loads(part.removeprefix("data: ")).get("chunk", "")
@@ -114,6 +129,8 @@ async def test_a_careless_client_is_found_out() -> None:
     found = await wrong(sys.executable, "-c", CARELESS)
     [unicode] = found.pop("mock/unicode: done")
     assert unicode.startswith("printed 'naïve")
+    [large] = found.pop("a piece of 100 kB: done")
+    assert large.startswith("printed 'This is a mock")
     whole = "ended with 0, as if the answer were whole"
     codes = {
         "lorem-0": "invalid_request",
@@ -130,5 +147,6 @@ async def test_a_careless_client_is_found_out() -> None:
             for model, code in codes.items()
         },
         "stopped by SIGINT": [whole, "did not stop its answer"],
+        "the connection is silent": ["did not end within 20 s"],
         "the connection is cut": [whole],
     }

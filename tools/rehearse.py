@@ -3,8 +3,8 @@
 `python -m tools.rehearse COMMAND...`; `make rehearse CLIENT='node examples/ask.mjs'` runs it. The
 command is run once for each ending, with CHAT_URL, CHAT_MODEL and CHAT_MESSAGE in its environment.
 It has to print the text of the answer and nothing else to stdout, each piece as it comes; to end
-with 0 if the answer was whole and with anything else if not; to name an error's code on stderr; and
-to let go of the connection on SIGINT.
+with 0 if the answer was whole and with anything else if not; to name an error's code on stderr; to
+let go of the connection on SIGINT, and after CHAT_SILENCE_SECONDS without an event or a comment.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT, SIGKILL
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
@@ -25,8 +25,12 @@ import httpx
 ROOT = Path(__file__).parent.parent
 HEAD = "| model | what you get | what a good client does |\n|---|---|---|\n"
 MESSAGE = "Hello, is anybody there?"
-# The longest ending takes about 4 s; a client that takes so long waits for something.
-PATIENCE_SECONDS = 30.0
+# A word is one piece of the echo, and this one makes a line of more than 64 KiB, where some readers
+# of lines end. Linux takes no variable of 128 KiB.
+WORD = "long" * 25_000
+# The longest ending takes about 5 s, and curl up to 5 s more than it was told to see a silence; a
+# client that takes so long waits for something.
+PATIENCE_SECONDS = 20.0
 # By now an answer of mock/slow has begun and is not over.
 ACT_SECONDS = 2.0
 # Endings that take a minute elsewhere come soon, and errors without a retry before them.
@@ -38,8 +42,13 @@ ENV = {
     "DEFAULT_MODEL": "mock/echo",
     "MAX_RETRIES": "0",
     "HEARTBEAT_SECONDS": "0.7",
-    "FIRST_TOKEN_TIMEOUT_SECONDS": "2",
+    # More than SILENCE_SECONDS, so that a client to which a comment is silence gives up too early.
+    "FIRST_TOKEN_TIMEOUT_SECONDS": "5",
+    "MAX_MESSAGE_CHARS": str(len(WORD)),
+    "MAX_BODY_BYTES": str(2 * len(WORD)),
 }
+# A whole number, as curl takes it; four comments come in that time.
+SILENCE_SECONDS = 3
 
 
 class Ending(NamedTuple):
@@ -53,7 +62,7 @@ class Ending(NamedTuple):
 ENDINGS = (
     Ending(
         "mock/echo",
-        "your message, in words; so does any name that is not here",
+        "a notice that it is a mock, then your message, word by word; so does any name not here",
         "shows each piece as it comes, as text and never as HTML",
     ),
     Ending("mock/lorem-10000", "N pieces of any `mock/lorem-N`, at most 10,000", "loses none"),
@@ -136,8 +145,9 @@ async def running_service() -> AsyncIterator[Service]:
             await service.until(lambda: service.url)
             yield service
         finally:
+            # Not asked to end: it may have been stopped, and nothing of it has to be kept.
             if process.returncode is None:
-                process.terminate()
+                process.kill()
             await listening
             await process.wait()
 
@@ -149,9 +159,9 @@ class Answer(NamedTuple):
     code: str | None
 
 
-async def ask(url: str, model: str) -> Answer:
+async def ask(url: str, model: str, message: str) -> Answer:
     async with httpx.AsyncClient(timeout=PATIENCE_SECONDS) as client:
-        body = {"message": MESSAGE, "model_id": model}
+        body = {"message": message, "model_id": model}
         reply = await client.post(f"{url}/api/v1/chat", json=body)
     if reply.is_error:
         return Answer("", reply.json()["error"]["code"])
@@ -176,12 +186,15 @@ class Run:
 Act = Callable[[int], object]
 
 
-async def run(command: list[str], url: str, model: str, act: Act | None = None) -> Run:
+async def run(
+    command: list[str], url: str, model: str, act: Act | None = None, message: str = MESSAGE
+) -> Run:
     """Run the client; `act` is called with its process id when it has printed something, or should
     have."""
+    asked = {"CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": message}
     client = await asyncio.create_subprocess_exec(
         *command,
-        env={**os.environ, "CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": MESSAGE},
+        env={**os.environ, **asked, "CHAT_SILENCE_SECONDS": str(SILENCE_SECONDS)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         # A group of its own, as a terminal's Ctrl-C reaches all of a pipeline.
@@ -233,14 +246,16 @@ def interrupt(pid: int) -> None:
 async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
     """Each ending, and what the client did wrong there."""
     async with running_service() as service:
-        for ending in ENDINGS:
+        endings = [(ending.model, ending.model, MESSAGE) for ending in ENDINGS]
+        for what, model, message in (*endings, ("a piece of 100 kB", "mock/echo", WORD)):
             expected, done = await asyncio.gather(
-                ask(service.url, ending.model), run(command, service.url, ending.model)
+                ask(service.url, model, message),
+                run(command, service.url, model, message=message),
             )
             found = faults(expected, done)
-            if ending.model == "mock/slow" and done.first.strip() == expected.text.strip():
+            if model == "mock/slow" and done.first.strip() == expected.text.strip():
                 found.append("showed nothing before the answer was whole")
-            yield f"{ending.model}: {expected.code or 'done'}", found
+            yield f"{what}: {expected.code or 'done'}", found
 
         before = len(service.outcomes)
         done = await run(command, service.url, "mock/slow", interrupt)
@@ -248,6 +263,12 @@ async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
             await service.until(lambda: {"client_gone", "done"} & {*service.outcomes[before:]})
         gone = "client_gone" in service.outcomes[before:]
         yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["did not stop its answer"])
+
+        # A service that stands still: its connections are open, and nothing comes from them.
+        stop = service.process.send_signal
+        done = await run(command, service.url, "mock/slow", lambda pid: stop(SIGSTOP))
+        service.process.send_signal(SIGCONT)
+        yield "the connection is silent", broken_off(done)
 
         # Last, for the service ends with it.
         done = await run(command, service.url, "mock/slow", lambda pid: service.process.kill())
