@@ -111,7 +111,9 @@ async def test_a_cut_connection_is_not_taken_for_an_end(
 async def test_a_silent_connection_is_given_up(
     service: StartService, origin: str, page: Any
 ) -> None:
-    app = await service(CORS_ORIGINS=origin)
+    # Not even the status line comes before an error would.
+    limits = {"HEARTBEAT_SECONDS": "60", "FIRST_TOKEN_TIMEOUT_SECONDS": "10"}
+    app = await service(CORS_ORIGINS=origin, **limits)
     await ask(page, origin, app.url, "mock/hang", silence=0.2)
     assert await ending(page) == ("", "The answer was cut off: silence")
     assert (await app.log.request(1))["outcome"] == "client_gone"
