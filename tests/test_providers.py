@@ -1221,18 +1221,18 @@ async def greeting(data: bytes) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("said", "seconds", "expected"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", (502, "upstream_error", True)),
-        (b"", (504, "upstream_timeout", True)),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "20", (502, "upstream_error", True)),
+        (b"", "0.1", (504, "upstream_timeout", True)),
     ],
 )
 async def test_tls_to_a_port_that_speaks_none_fails_as_a_connection_does(
-    service: StartService, said: bytes, expected: tuple[int, str, bool]
+    service: StartService, said: bytes, seconds: str, expected: tuple[int, str, bool]
 ) -> None:
     async with greeting(said) as port:
         url = f"https://127.0.0.1:{port}/v1"
-        app = await service(**openai(url, CONNECT_TIMEOUT_SECONDS="0.1"))
+        app = await service(**openai(url, CONNECT_TIMEOUT_SECONDS=seconds))
         assert await failure(await app.chat()) == expected
 
 

@@ -261,7 +261,7 @@ WAYS = [
 async def test_a_provider_that_can_not_be_reached_is_answered_for(
     way: Way, code: str, tmp_path: Path
 ) -> None:
-    limits = {"CONNECT_TIMEOUT_SECONDS": "0.3", "FIRST_TOKEN_TIMEOUT_SECONDS": "10"}
+    limits = {"CONNECT_TIMEOUT_SECONDS": "2", "FIRST_TOKEN_TIMEOUT_SECONDS": "10"}
     async with (
         way(tmp_path) as url,
         scene(answer, OPENAI_BASE_URL=url, MAX_RETRIES="1", **limits) as play,
@@ -281,7 +281,7 @@ async def test_a_provider_that_can_not_be_reached_is_answered_for(
 async def test_a_provider_that_can_not_be_reached_is_replaced(
     way: Way, code: str, tmp_path: Path
 ) -> None:
-    limits = {"CONNECT_TIMEOUT_SECONDS": "0.3", "FALLBACK_MODELS": "b/m"}
+    limits = {"CONNECT_TIMEOUT_SECONDS": "2", "FALLBACK_MODELS": "b/m"}
     async with way(tmp_path) as url, scene(answer, answer, OPENAI_BASE_URL=url, **limits) as play:
         text, last = await ending(await play.ask())
         assert (text, outcome(last)) == ("Hello", "done")
