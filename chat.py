@@ -10,7 +10,6 @@ import asyncio
 import difflib
 import math
 import re
-import time
 import unicodedata
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -42,15 +41,6 @@ STREAM_HEADERS = (
 # Closing the provider's connection and storing the turn are local; what takes longer is stuck.
 SETTLE_SECONDS = 5.0
 MAX_PROBLEMS = 10
-# A turn of the event loop that has lasted longer means that there is more to do than time. Then a
-# stream that was served rests, ten times as long as it came late, and what arrives meanwhile leaves
-# in one write, which is most of an event's cost; a quarter of a second at most, which no reader
-# feels, and a hundredth of the time that a client has to take what it is sent, or it would be cut
-# by the kernel before its time is over. So turns stay short, and new streams, which take six of
-# them to begin, begin soon.
-LATE_SECONDS = 0.005
-REST = 10
-MAX_REST_SECONDS = 0.25
 
 # ---- the request
 
@@ -218,8 +208,6 @@ class EventStream:
     request_id: str
     session_id: str
     settings: Settings
-    # Goes on in a turn of the event loop, in which uvloop's own clock stands still.
-    clock: Callable[[], float] = time.monotonic
     end: End | None = None
     outcome: str = "client_gone"
     pieces: int = 0
@@ -280,7 +268,6 @@ class EventStream:
 
     async def _relay(self) -> None:
         head, tail = b'data: {"chunk":', b',"id":' + to_json(self.request_id) + b"}\n\n"
-        longest_rest = min(MAX_REST_SECONDS, self.settings.write_timeout_seconds / 100)
         try:
             async for batch in self.source:
                 now = self._now()
@@ -303,12 +290,6 @@ class EventStream:
                     self._text += batch
                     await self._write(events)
                 self._waiting_since = self._now()
-                late = self.clock() - self._waiting_since
-                if batch and late > LATE_SECONDS:
-                    rest = min(REST * late, longest_rest)
-                    # The provider is not waited for meanwhile.
-                    self._waiting_since += rest
-                    await asyncio.sleep(rest)
         except ServiceError as error:
             self.end = self.end or error
         except Exception as error:

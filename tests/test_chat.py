@@ -447,8 +447,6 @@ class Stage:
         self.sent: list[tuple[float, Message]] = []
         self.happened: list[str] = []
         self.settled: list[tuple[str, End]] = []
-        # How long the event loop has been at what it does, as often as it is asked.
-        self.late = 0.0
         # Messages from the client that come before it leaves.
         self.received: list[Message] = []
         # Awaited before a message is taken, in `settle`, and when the provider is closed.
@@ -462,7 +460,6 @@ class Stage:
             request_id="req_1",
             session_id="s_1",
             settings=from_env(env),
-            clock=lambda: now() + self.late,
         )
 
     async def play(self) -> None:
@@ -659,29 +656,6 @@ async def test_a_whole_answer_may_last_the_total_timeout() -> None:
         "retry_after": None,
     }
     assert stage.stream.pieces == 66
-
-
-@pytest.mark.parametrize(("late", "rest"), [(0.0, 0.0), (0.005, 0.0), (0.02, 0.2), (3.0, 0.25)])
-async def test_a_stream_rests_while_there_is_more_to_do_than_time(late: float, rest: float) -> None:
-    stage = Stage(["a"], ["b"], ["c"], DONE)
-    stage.late = late
-    await stage.play()
-    times = [at for at, block in stage.blocks if "chunk" in block]
-    assert times == pytest.approx([0.0, rest, 2 * rest])
-    assert stage.stream.outcome == "done"
-
-
-async def test_a_rest_is_not_the_providers_and_short_where_a_client_has_little_time() -> None:
-    stage = Stage(["a"], 29.9, ["b"], DONE)
-    stage.late = 3.0
-    await stage.play()
-    assert stage.stream.outcome == "done"
-    assert stage.stream.waited == pytest.approx(29.9)
-    hurried = Stage(["a"], ["b"], DONE, WRITE_TIMEOUT_SECONDS="2")
-    hurried.late = 3.0
-    await hurried.play()
-    first, second = (at for at, block in hurried.blocks if "chunk" in block)
-    assert second - first == pytest.approx(0.02)
 
 
 async def test_time_in_which_the_client_takes_nothing_is_not_the_providers() -> None:
