@@ -175,7 +175,7 @@ class Server:
             )
             memory = self._client.info("memory")
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            problem = f"Redis does not serve: {error} Start it, or set another"
+            problem = f"Redis does not serve: start it, or set another ({error})"
             raise SettingsError(f"STATE_URL: {problem}") from None
         except (redis.RedisError, ValueError, TypeError) as error:
             # Their texts may quote the user's name or the password.
