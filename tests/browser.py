@@ -63,6 +63,15 @@ class Tab:
         await self.page.reload()
         await self.page.wait_for_selector("article")
 
+    async def until(self, condition: str) -> None:
+        """Playwright's own wait_for_function would need `unsafe-eval`."""
+        await self.page.evaluate(
+            f"""new Promise((resolve) => {{
+                const look = () => {condition} ? resolve() : requestAnimationFrame(look);
+                look();
+            }})"""
+        )
+
     async def session(self) -> str:
         found: str = await self.page.evaluate("sessionStorage.session")
         return found

@@ -173,6 +173,44 @@ async def test_a_reload_keeps_conversation_model_and_key_and_new_begins_another(
     assert await tab.session() != first
 
 
+async def test_a_reload_keeps_the_name_of_a_model_that_was_typed(
+    service: StartService, browse: Browse
+) -> None:
+    app = await service()
+    tab = await browse(app.url)
+    await tab.page.select_option("#model", "other")
+    await tab.page.fill("#other", "mock/lorem-3")
+    await tab.say("Hello")
+    await tab.ended()
+    await tab.reload()
+    await tab.page.wait_for_selector("#other", state="visible")
+    await tab.say("Hello")
+    assert "mock/lorem-3" in await tab.ended(2)
+
+
+async def test_a_conversation_that_is_left_while_it_is_fetched_does_not_return(
+    service: StartService, browse: Browse
+) -> None:
+    app = await service()
+    tab = await browse(app.url)
+    await tab.say("Hello")
+    await tab.ended()
+    left = asyncio.Event()
+
+    async def delay(route: Any) -> None:
+        await left.wait()
+        await route.continue_()
+
+    await tab.page.route("**/sessions/*", delay)
+    await tab.page.reload()
+    await tab.page.click("#new")
+    async with tab.page.expect_event("requestfinished"):
+        left.set()
+    await tab.say("Hello again")
+    await tab.ended()
+    assert await tab.page.locator(".user .text").all_inner_texts() == ["Hello again"]
+
+
 async def test_what_is_deleted_is_gone(service: StartService, browse: Browse) -> None:
     app = await service()
     tab = await browse(app.url)
@@ -451,6 +489,37 @@ async def test_markdown_is_shown_the_same_piece_by_piece_and_at_once(
     assert await tab.page.evaluate(ELEMENTS) == SHOWN
 
 
+async def test_code_can_be_read_and_copied_while_it_arrives(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    more = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.stream(delta("```pyt"), delta("hon\n" + "x" * 500 + "\n"))
+        await more.wait()
+        await connection.more(delta("further\n"), delta("```"), delta(finish_reason="stop"))
+        await connection.send(END)
+
+    provider = await upstream(script)
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
+    await tab.say("Hello")
+    await tab.page.locator("pre", has_text="xxx").wait_for()
+    await tab.page.evaluate("document.querySelector('pre').scrollLeft = 100")
+    await tab.page.focus("pre")
+    await tab.page.hover("figure button")
+    await tab.page.mouse.down()
+    await tab.page.evaluate("getSelection().selectAllChildren(document.querySelector('pre code'))")
+    more.set()
+    await tab.ended()
+    assert "xxx" in await tab.page.evaluate("String(getSelection().getRangeAt(0))")
+    await tab.page.mouse.up()
+    await tab.page.wait_for_selector("text=Copied")
+    copied = await tab.page.evaluate("navigator.clipboard.readText()")
+    assert copied == "x" * 500 + "\nfurther"
+    assert await tab.page.evaluate("document.querySelector('pre').scrollLeft") == 100
+
+
 async def test_code_is_copied_as_it_is(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
@@ -463,6 +532,11 @@ async def test_code_is_copied_as_it_is(
     await tab.page.click("figure >> text=Copy")
     await tab.page.wait_for_selector("text=Copied")
     assert await tab.page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    pass"
+    # Copied as a part of all, it comes without what is written on the button.
+    await tab.page.evaluate("getSelection().selectAllChildren(document.querySelector('figure'))")
+    await tab.page.keyboard.press("Control+c")
+    copied = await tab.page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == "if a < b:\n    pass"
 
 
 # ---- for everybody
@@ -506,6 +580,103 @@ async def test_it_is_used_by_the_keyboard_alone(service: StartService, browse: B
     await keys.press("Enter")
     await tab.page.wait_for_selector("#about", state="visible")
     await reach("#message")
+
+
+async def test_escape_closes_the_panel_before_it_stops_an_answer(
+    service: StartService, browse: Browse
+) -> None:
+    app = await service()
+    tab = await browse(app.url)
+    await tab.say("Hello", "mock/hang")
+    await tab.page.click("summary")
+    await tab.page.press("#key", "Escape")
+    assert not await tab.page.is_visible("#key")
+    assert await tab.page.is_visible("#stop")
+    assert await tab.page.evaluate("document.activeElement.id") == "message"
+    await tab.page.keyboard.press("Escape")
+    assert await tab.ended() == "Stopped before the first word."
+
+
+async def test_the_keyboard_reaches_nothing_beneath_header_and_composer(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    answer = "".join(f"[link](https://example.com/) {n}\n\n```\n{n}\n```\n" for n in range(20))
+    provider = await upstream(lambda connection: connection.answer(answer))
+    app = await service(**openai(provider.url))
+    # The smallest that WCAG 2.2 asks for (1.4.10): 1280 pixels at four times the size.
+    tab = await browse(app.url, viewport={"width": 320, "height": 640})
+    assert await tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    await tab.say("Hello")
+    await tab.ended()
+    for key in ["Shift+Tab"] * 40 + ["Tab"] * 39:
+        await tab.page.keyboard.press(key)
+        assert await tab.page.evaluate(
+            """() => {
+                const edge = (name) => document.querySelector(name).getBoundingClientRect();
+                const { top, bottom } = document.activeElement.getBoundingClientRect();
+                return !document.activeElement.closest("article")
+                    || (top >= edge("header").bottom && bottom <= edge("form").top);
+            }"""
+        )
+
+
+async def test_new_text_is_followed_until_the_reader_scrolls_up_however_little(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    pieces = asyncio.Queue[str]()
+
+    async def script(connection: Connection) -> None:
+        await connection.stream(delta("Line\n\n" * 100))
+        for _ in range(2):
+            await connection.more(delta(await pieces.get()))
+
+    provider = await upstream(script)
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url)
+    left = (
+        "document.documentElement.scrollHeight - document.documentElement.clientHeight"
+        " - document.documentElement.scrollTop"
+    )
+    await tab.say("Hello")
+    await tab.page.locator(".text p").nth(99).wait_for()
+    await tab.until(f"{left} < 2")
+    await tab.page.mouse.move(400, 300)
+    await tab.page.mouse.wheel(0, -20)
+    await tab.until(f"{left} > 10")
+    pieces.put_nowait("More.\n\n" * 10)
+    await tab.page.locator(".text p", has_text="More.").nth(9).wait_for()
+    assert await tab.page.evaluate(left) > 100
+    await tab.page.mouse.wheel(0, 2000)
+    await tab.until(f"{left} < 2")
+    pieces.put_nowait("And more.\n\n" * 10)
+    await tab.page.locator(".text p", has_text="And more.").nth(9).wait_for()
+    await tab.until(f"{left} < 2")
+    # What grows at the bottom does not hide the end either.
+    await tab.page.fill("#message", "Line\n" * 10)
+    await tab.until(f"{left} < 2")
+
+
+async def test_what_one_writes_has_the_direction_of_its_letters(
+    service: StartService, browse: Browse
+) -> None:
+    app = await service()
+    tab = await browse(app.url)
+    for text, direction in (("سلام", "rtl"), ("Hello", "ltr")):
+        await tab.page.fill("#message", text)
+        found = "getComputedStyle(document.querySelector('#message')).direction"
+        assert await tab.page.evaluate(found) == direction
+
+
+async def test_a_screen_reader_is_told_words_apart(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    provider = await upstream(lambda connection: connection.answer("One.\n\nTwo.\n\n- Three"))
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url)
+    await tab.say("Hello")
+    await tab.ended()
+    told = await tab.page.text_content("#status")
+    assert (told or "").split()[:3] == ["One.", "Two.", "Three"]
 
 
 async def test_a_screen_reader_is_told_the_end_of_an_answer_once(
