@@ -369,6 +369,10 @@ HOSTILE = """<script>document.title = "run"</script><img src=x onerror="document
 > <form action="https://evil.example"><input name=a></form>
 
 \u202eesrever\u202c a\U000e0041b
+
+| <img src=x onerror=alert(1)> | [k](javascript:alert(1)) | `</td><script>alert(1)</script>` |
+|:-:|--:|---|
+| <td onclick=alert(1)> | https://evil.example/"style="x | <br onload=alert(1)> |
 """
 
 
@@ -384,11 +388,12 @@ async def test_a_hostile_answer_runs_nothing_and_loads_nothing(
         "[...document.querySelectorAll('.assistant .text *')].map((each) => each.localName)"
     )
     code = {"figure", "figcaption", "button", "pre", "code"}
-    assert set(made) == {"p", "h3", "ul", "li", "blockquote", "a", *code}
+    table = {"div", "table", "thead", "tbody", "tr", "th", "td"}
+    assert set(made) == {"p", "h3", "ul", "li", "blockquote", "a", *code, *table}
     links = await tab.page.evaluate(
         "[...document.querySelectorAll('.assistant a')].map((a) => [a.protocol, a.rel, a.target])"
     )
-    assert len(links) == 6
+    assert len(links) == 7
     assert {tuple(link) for link in links} == {("https:", "noopener noreferrer", "_blank")}
     handlers = "//*[@*[starts-with(name(), 'on')]]"
     assert await tab.page.locator(handlers).count() == 0
@@ -442,6 +447,12 @@ lazy
 > quoted
 > - list
 
+before
+| Left | Right <br> `a \\| b` | *Middle* |
+|:--|--:|:-:|
+| 1 | **2** | 3 |
+4
+
 ~~~python
 if a < b:
 
@@ -460,6 +471,15 @@ SHOWN = (
     "</li><li><p>third\nlazy</p></li></ol>"
     '<hr dir="auto"><ul dir="auto"><li><p>other</p></li><li><p>kind</p></li></ul>'
     '<blockquote dir="auto"><p>quoted</p><ul><li><p>list</p></li></ul></blockquote>'
+    '<p dir="auto">before</p>'
+    '<div class="table" tabindex="0" role="group" aria-label="Table" dir="auto"><table><thead><tr>'
+    '<th scope="col" style="text-align: left;">Left</th>'
+    '<th scope="col" style="text-align: right;">Right <br> <code>a | b</code></th>'
+    '<th scope="col" style="text-align: center;"><em>Middle</em></th></tr></thead><tbody><tr>'
+    '<td style="text-align: left;">1</td><td style="text-align: right;"><strong>2</strong></td>'
+    '<td style="text-align: center;">3</td></tr><tr><td style="text-align: left;">4</td>'
+    '<td style="text-align: right;"></td><td style="text-align: center;"></td></tr></tbody>'
+    "</table></div>"
     '<pre>if a &lt; b:\n\n    print("```")</pre><pre>open\n</pre>'
 )
 # The elements of the newest answer, without what is the same in every link and code block.
@@ -487,6 +507,95 @@ async def test_markdown_is_shown_the_same_piece_by_piece_and_at_once(
     assert await tab.page.evaluate(ELEMENTS) == SHOWN
     await tab.reload()
     assert await tab.page.evaluate(ELEMENTS) == SHOWN
+
+
+# Its rows; or why there is no table.
+TABLES = {
+    "|a|b|\n|-|-|": "a,b",
+    "a | b\n- | -": "no table: the second line begins a list",
+    "a | b\n:- | -": "a,b",
+    "| a |\n|:-:|\n| 1 |": "a/1",
+    "| a | b |\n|-|-|\n| 1 |\n| 1 | 2 | 3 |\nx\n\nbehind": "a,b/1,/1,2/x,",
+    "| a | b |\n|-|-|\n| 1 | 2 |\n> behind": "a,b/1,2",
+    "| a \\| b | `c \\| d` |\n|-|-|\n| \\\\| | e \\": "a | b,c | d/|,e \\",
+    "| | b |\n|-|-|\n|||": ",b/,",
+    "> | a | b |\n> |-|-|\n> | 1 | 2 |": "a,b/1,2",
+    "- c\n  | a | b |\n  |-|-|\n  | 1 | 2 |": "a,b/1,2",
+    "a | b": "no table: no second line",
+    "a | b\nc | d": "no table: no hyphens",
+    "| a | b |\n|-|": "no table: two columns, then one",
+    "| a | b |\n\n|-|-|": "no table: a blank line between them",
+    "| a | b |\n|-|- x|": "no table: letters",
+    "a\n-": "no table: no bar",
+    "a\n---": "no table: a rule",
+}
+
+
+async def test_a_table_is_what_github_takes_for_one(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    provider = await upstream(lambda c: c.answer(c.body["messages"][-1]["content"]))
+    app = await service(**openai(provider.url), RATE_LIMIT="off")
+    tab = await browse(app.url)
+    for number, (markdown, shown) in enumerate(TABLES.items(), 1):
+        await tab.say(markdown)
+        await tab.ended(number)
+        rows = await tab.page.evaluate(
+            """() => [...[...document.querySelectorAll(".assistant")].at(-1).querySelectorAll("tr")]
+                .map((row) => [...row.cells].map((cell) => cell.textContent).join()).join("/")"""
+        )
+        assert rows == ("" if shown.startswith("no table") else shown), markdown
+
+
+async def test_a_small_answer_does_not_make_a_huge_table(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    hostile = f"{'a|' * 1000}\n{'-|' * 1000}\n" + "x\n" * 1000
+    provider = await upstream(lambda connection: connection.answer(hostile))
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url)
+    await tab.say("Hello")
+    await tab.ended()
+    assert await tab.page.locator("td").count() == 2000
+    assert (await tab.answer()).count("x") == 1000
+
+
+WIDE = "| One | Two | Three |\n|---|---|---|\n" + f"| {'x' * 40} | {'y' * 40} | {'z' * 40} |\n"
+
+
+async def test_a_wide_table_scrolls_by_itself_while_it_arrives(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    steps = asyncio.Queue[str]()
+
+    async def script(connection: Connection) -> None:
+        await connection.stream(delta(await steps.get()))
+        for _ in range(2):
+            await connection.more(delta(await steps.get()))
+        await connection.more(delta(finish_reason="stop"))
+        await connection.send(END)
+
+    provider = await upstream(script)
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url, viewport=SIZES["narrow"])
+    await tab.say("Hello")
+    steps.put_nowait(WIDE[:22])
+    # Until the second line has come it may yet be text.
+    await tab.page.locator(".text p", has_text="Three").wait_for()
+    steps.put_nowait(WIDE[22:])
+    await tab.page.wait_for_selector("td")
+    await tab.page.evaluate("document.querySelector('td').seen = true")
+    await tab.page.focus(".table")
+    await tab.page.keyboard.press("ArrowRight")
+    await tab.until("document.querySelector('.table').scrollLeft > 20")
+    steps.put_nowait("| further |")
+    await tab.ended()
+    assert await tab.page.evaluate(
+        """document.querySelector("td").seen && document.activeElement.matches(".table")
+            && document.activeElement.scrollLeft > 20
+            && document.querySelectorAll("tbody tr").length === 2
+            && document.documentElement.scrollWidth <= innerWidth"""
+    )
 
 
 async def test_code_can_be_read_and_copied_while_it_arrives(
@@ -706,7 +815,7 @@ async def test_a_screen_reader_is_told_the_end_of_an_answer_once(
 async def test_axe_finds_nothing(
     service: StartService, upstream: StartUpstream, browse: Browse, size: str, scheme: str
 ) -> None:
-    provider = await upstream(lambda connection: connection.answer(MARKDOWN, "x" * 500))
+    provider = await upstream(lambda connection: connection.answer(WIDE, "\n", MARKDOWN, "x" * 500))
     app = await service(**openai(provider.url), MODELS="gpt-4o-mini,mock/*")
     tab = await browse(app.url, viewport=SIZES[size], color_scheme=scheme)
 
