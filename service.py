@@ -34,16 +34,7 @@ import errors
 import pages
 import telemetry
 from chat import INTERNAL, End, EventStream, parse_request
-from providers import (
-    Attempt,
-    Call,
-    Completion,
-    LLMProvider,
-    Message,
-    Router,
-    answer,
-    make_providers,
-)
+from providers import Call, Completion, LLMProvider, Message, Router, answer, make_providers
 from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
 from server import Drain, Server, listen, probe, shutting_down
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
@@ -222,7 +213,8 @@ class Service:
         record.fields |= {"pieces": stream.pieces, "longest_gap_ms": gap}
         if isinstance(end, errors.InternalError):
             record.defect = end.__cause__ or end
-        last = call.attempts[-1] if call.attempts else Attempt(record.fields["model_asked"])
+        # The stream asks a provider before it waits for anything, so there is one.
+        last = call.attempts[-1]
         if isinstance(end, errors.ServiceError) and not isinstance(end, errors.OurError):
             last.error, last.cause = end.code, end.cause
         elif isinstance(end, errors.ServiceError) and end.cause:
