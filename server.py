@@ -181,7 +181,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             log_config=None,
             access_log=False,
-            proxy_headers=False,
+            forwarded_allow_ips=[str(network) for network in settings.forwarded_allow_ips],
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )

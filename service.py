@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
 
 import anyio
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,7 +27,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 import errors
 import pages
@@ -406,10 +404,6 @@ def create_app(
             allow_headers=ALLOWED_HEADERS,
             expose_headers=EXPOSED_HEADERS,
         )
-    if settings.forwarded_allow_ips:
-        trusted = [str(network) for network in settings.forwarded_allow_ips]
-        # uvicorn and Starlette each have types of their own for ASGI.
-        app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
     return telemetry.RequestContext(app, log, metrics)
 
 
