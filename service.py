@@ -373,12 +373,12 @@ def create_app(
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", service.healthz),
         Route("/readyz", service.readyz),
-        pages.openapi_route(),
+        pages.route("/openapi.json", "openapi.json", "application/json"),
     ]
     if settings.metrics:
         routes.append(Route("/metrics", service.show_metrics))
     if settings.playground:
-        routes.append(pages.page_route())
+        routes.append(pages.route("/", "page.html", "text/html"))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
