@@ -32,8 +32,6 @@ CUT_SECONDS = 3.0
 KEEP_ALIVE_SECONDS = 75
 # A head is a few kilobytes, cookies and all; h11 allows as much.
 MAX_UNTAKEN_BYTES = 2**16
-# Connections that the kernel keeps until they are taken; uvicorn's own number.
-BACKLOG = 2048
 # Docker's and Kubernetes' probes have 30 s and 1 s unless told otherwise.
 PROBE_SECONDS = 2.0
 
@@ -43,9 +41,7 @@ def listen(settings: Settings) -> list[socket.socket]:
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        listeners = [
-            socket.create_server(at, family=kind, backlog=BACKLOG) for kind, *_, at in found
-        ]
+        listeners = [socket.create_server(at, family=kind) for kind, *_, at in found]
     except (OSError, UnicodeError) as error:
         problem = f"HOST={host!r}, PORT={port}: {error}"
         raise SettingsError(f"{problem}. Set another, or stop what listens there") from None
