@@ -266,12 +266,6 @@ class Service:
 
     # The other routes
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"default": self.router.default_model, "models": self.router.models})
-
-    async def healthz(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
     async def readyz(self, request: Request) -> Response:
         if self.drain.draining:
             raise shutting_down()
@@ -367,11 +361,12 @@ def create_app(
     metrics = telemetry.Metrics()
     metrics.open_streams.set_function(lambda: streams.open)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
+    models = {"default": router.default_model, "models": router.models}
     routes = [
         Route("/api/v1/chat", service.chat, methods=["POST"]),
-        Route("/api/v1/models", service.models),
+        Route("/api/v1/models", JSONResponse(models), methods=["GET"]),
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
-        Route("/healthz", service.healthz),
+        Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
         Route("/readyz", service.readyz),
         pages.route("/openapi.json", "openapi.json", "application/json"),
     ]
