@@ -28,7 +28,6 @@ from server import ABORT
 from settings import Settings
 
 NOT_STORED = "The answer came, but could not be stored: the assistant will not remember it."
-INTERNAL = "The service failed. Report the request id to its operator."
 # Ten times the longest answer of a model of today; what never ends must not fill the memory.
 MAX_ANSWER_BYTES = 2**22
 # `no` keeps nginx from holding pieces back to fill a buffer.
@@ -183,12 +182,6 @@ End = Completion | ServiceError | Departure
 Settle = Callable[[str, End], Awaitable[None]]
 
 
-def _defect(cause: Exception) -> errors.InternalError:
-    error = errors.InternalError(INTERNAL)
-    error.__cause__ = cause
-    return error
-
-
 @dataclass
 class EventStream:
     """Relays `source` to the client as an event stream.
@@ -290,10 +283,8 @@ class EventStream:
                     self._text += batch
                     await self._write(events)
                 self._waiting_since = self._now()
-        except ServiceError as error:
-            self.end = self.end or error
         except Exception as error:
-            self.end = self.end or _defect(error)
+            self.end = self.end or errors.as_told(error)
 
     async def _write(self, body: bytes, *, last: bool = False) -> None:
         if self._beat is not None and not self._beat.done():
@@ -381,16 +372,14 @@ class EventStream:
             with anyio.move_on_after(SETTLE_SECONDS, shield=True):
                 await self.source.aclose()
         except Exception as error:
-            end = self.end = _defect(error)
+            end = self.end = errors.as_told(error)
         try:
             with anyio.fail_after(SETTLE_SECONDS, shield=True):
                 await self.settle("".join(self._text), end)
-        except ServiceError as error:
-            end = self.end = error
         except TimeoutError:
             end = self.end = errors.StateUnavailable(NOT_STORED)
         except Exception as error:
-            end = self.end = _defect(error)
+            end = self.end = errors.as_told(error)
         if isinstance(end, str) or self._departed:
             self.outcome = self._departed or str(end)
         else:

@@ -212,3 +212,12 @@ class ShuttingDown(OurError):
 
 class StateUnavailable(OurError):
     status, code, retryable = 503, "state_unavailable", True
+
+
+def as_told(error: Exception) -> ServiceError:
+    """`error` as a caller may be told of it: as it is if it is one of these, else as a defect."""
+    if isinstance(error, ServiceError):
+        return error
+    defect = InternalError("The service failed. Report the request id to its operator.")
+    defect.__cause__ = error
+    return defect

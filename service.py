@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import errors
 import pages
 import telemetry
-from chat import INTERNAL, End, EventStream, parse_request
+from chat import End, EventStream, parse_request
 from providers import Call, Completion, LLMProvider, Message, Router, answer, make_providers
 from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
 from server import Drain, Server, listen, probe, shutting_down
@@ -291,15 +291,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     record = telemetry.record_of(request.scope)
     told: errors.ServiceError
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    if isinstance(error, errors.ServiceError):
-        told = error
-    elif isinstance(error, HTTPException) and error.headers:
+    if isinstance(error, HTTPException) and error.headers:
         told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
         headers |= error.headers
     elif isinstance(error, HTTPException):
         told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
     else:
-        told = errors.InternalError(INTERNAL)
+        told = errors.as_told(error)
     record.outcome = record.outcome or told.code
     if told.cause and "attempts" not in record.fields:
         record.fields["cause"] = told.cause
