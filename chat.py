@@ -202,7 +202,6 @@ class EventStream:
     session_id: str
     settings: Settings
     end: End | None = None
-    outcome: str = "client_gone"
     pieces: int = 0
     first_piece_at: float | None = None
     # How long the provider was waited for, how long the client, and at most between two pieces.
@@ -219,6 +218,12 @@ class EventStream:
         # The latest heartbeat: a piece must not overtake the status line that it may have to send.
         self._beat: asyncio.Task[None] | None = None
         self._writing_since: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """`done` or the error's code, unless the client departed, whatever was left to tell it."""
+        code = self.end.code if isinstance(self.end, ServiceError) else "done"
+        return self._departed or code
 
     def end_early(self, end: ServiceError | Departure) -> None:
         """Stop relaying now and end like this. The first ending counts."""
@@ -242,17 +247,14 @@ class EventStream:
             with self._relaying:
                 await self._relay()
         finally:
-            end = await self._conclude()
+            await self._conclude()
             self._timer.cancel()
             listening.cancel()
             if self._beat is not None:
                 self._beat.cancel()
-        if isinstance(end, ServiceError) and not self._committed:
-            raise end
-        await self._cut_stalled(scope, receive)
-
-    async def _cut_stalled(self, scope: Scope, receive: Receive) -> None:
-        if self.outcome == "client_stalled":
+        if isinstance(self.end, ServiceError) and not self._committed:
+            raise self.end
+        if self._departed == "client_stalled":
             # A polite close would wait for the client to read what is buffered.
             scope["extensions"][ABORT]()
             await receive()
@@ -360,45 +362,40 @@ class EventStream:
 
     # The ending
 
-    async def _conclude(self) -> End:
+    async def _conclude(self) -> None:
         """Close the provider's connection, settle, tell the client; shielded, for a client's
         leaving or a cancelled request must not lose what was said."""
-        end = self.end = self.end or errors.InternalError("The service was stopped.")
+        self.end = self.end or errors.InternalError("The service was stopped.")
         if self._writing_since is not None:
             self.blocked += self._now() - self._writing_since
-        elif not isinstance(end, Completion):
+        elif not isinstance(self.end, Completion):
             self.waited += self._now() - self._waiting_since
         try:
             with anyio.move_on_after(SETTLE_SECONDS, shield=True):
                 await self.source.aclose()
         except Exception as error:
-            end = self.end = errors.as_told(error)
+            self.end = errors.as_told(error)
         try:
             with anyio.fail_after(SETTLE_SECONDS, shield=True):
-                await self.settle("".join(self._text), end)
+                await self.settle("".join(self._text), self.end)
         except TimeoutError:
-            end = self.end = errors.StateUnavailable(NOT_STORED)
+            self.end = errors.StateUnavailable(NOT_STORED)
         except Exception as error:
-            end = self.end = errors.as_told(error)
-        if isinstance(end, str) or self._departed:
-            self.outcome = self._departed or str(end)
-        else:
-            await self._tell(end)
-        return end
+            self.end = errors.as_told(error)
+        if self._departed is None:
+            await self._tell()
 
-    async def _tell(self, end: Completion | ServiceError) -> None:
+    async def _tell(self) -> None:
         ids: dict[str, Any] = {"id": self.request_id, "session_id": self.session_id}
         event: DoneEvent | ErrorEvent
-        if isinstance(end, Completion):
-            self.outcome = "done"
-            event = DoneEvent(**ids, **vars(end))
+        if isinstance(self.end, Completion):
+            event = DoneEvent(**ids, **vars(self.end))
+        elif isinstance(self.end, ServiceError) and self._committed:
+            event = ErrorEvent(**ids, error=self.end.detail())
         else:
-            self.outcome = end.code
-            if not self._committed:
-                return
-            event = ErrorEvent(**ids, error=end.detail())
+            # It is raised, and gets a status of its own.
+            return
         with anyio.move_on_after(self.settings.write_timeout_seconds, shield=True) as writing:
             await self._write(frame(event), last=True)
         if writing.cancelled_caught:
             self._depart("client_stalled")
-        self.outcome = self._departed or self.outcome
