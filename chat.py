@@ -35,7 +35,6 @@ STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
 )
 # Closing the provider's connection and storing the turn are local; what takes longer is stuck.
 SETTLE_SECONDS = 5.0

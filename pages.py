@@ -19,7 +19,6 @@ def route(path: str, file: str, media_type: str) -> Route:
         "Cache-Control": "no-cache",
         "Content-Security-Policy": content_security_policy(body),
         "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
     }
     return Route(path, Response(body, headers=headers, media_type=media_type), methods=["GET"])
 

@@ -133,10 +133,9 @@ class Service:
         if limiter is not None:
             verdict = await limiter.take(caller)
             limit, seconds = limiter.rate
-            policy = f'"{caller.kind}";q={limit};w={seconds}'
-            record.headers.append((b"ratelimit-policy", policy.encode()))
+            record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
             left = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
-            record.headers.append((b"ratelimit", left.encode()))
+            record.headers["RateLimit"] = left
             if not verdict.allowed:
                 self.metrics.refused.labels(caller.kind).inc()
                 problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
@@ -290,10 +289,10 @@ async def on_error(request: Request, error: Exception) -> Response:
     """Any error, ours or Starlette's, as an answer."""
     record = telemetry.record_of(request.scope)
     told: errors.ServiceError
-    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    record.headers["Cache-Control"] = "no-store"
     if isinstance(error, HTTPException) and error.headers:
         told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
-        headers |= error.headers
+        record.headers |= error.headers
     elif isinstance(error, HTTPException):
         told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
     else:
@@ -303,13 +302,13 @@ async def on_error(request: Request, error: Exception) -> Response:
         record.fields["cause"] = told.cause
     detail = told.detail()
     if detail.retry_after is not None:
-        headers["Retry-After"] = str(detail.retry_after)
+        record.headers["Retry-After"] = str(detail.retry_after)
     if isinstance(told, errors.InvalidAPIKey):
-        headers["WWW-Authenticate"] = "Bearer"
+        record.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(told, CLOSING):
-        headers["Connection"] = "close"
+        record.headers["Connection"] = "close"
     body = errors.ErrorBody(error=detail, id=record.request_id)
-    return Response(to_json(body), told.status, headers, "application/json")
+    return Response(to_json(body), told.status, media_type="application/json")
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:

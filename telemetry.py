@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID = re.compile("[A-Za-z0-9._:+/=-]{1,128}")
@@ -44,7 +44,7 @@ class Record:
     traceparent: str | None
     started: float
     # Headers for the answer, whichever it becomes.
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    headers: MutableHeaders = field(default_factory=MutableHeaders)
     status: int | None = None
     # `done`, `client_gone`, `client_stalled`, or the error's code.
     outcome: str | None = None
@@ -102,13 +102,14 @@ class RequestContext:
         request_id = given if REQUEST_ID.fullmatch(given) else self.new_id()
         traceparent = trace if TRACEPARENT.fullmatch(trace) else None
         record = Record(request_id, traceparent, self.clock())
-        record.headers.append((b"x-request-id", request_id.encode()))
+        # No browser may take an answer for something else than it says it is.
+        record.headers |= {"X-Request-ID": request_id, "X-Content-Type-Options": "nosniff"}
         scope["chat_sidecar.record"] = record
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message["headers"], *record.headers]
+                message["headers"] = [*message["headers"], *record.headers.raw]
             await send(message)
 
         try:
