@@ -129,10 +129,8 @@ def _problem(kind: str, field: str, message: str) -> FieldProblem:
         "extra_forbidden": f"is not a field of this request; {hint}",
         "string_type": "must be a string",
         "string_too_long": "must have at most 128 characters",
+        "string_pattern_mismatch": "must be 1 to 64 of A-Z, a-z, 0-9, _ and -",
     }
-    if field == "session_id":
-        message = "must be 1 to 64 of A-Z, a-z, 0-9, _ and -"
-        words = {}
     name = re.sub("[^ -~]", "?", field)[:64]
     return FieldProblem(field=name, message=words.get(kind, message.removeprefix("Value error, ")))
 

@@ -248,7 +248,7 @@ STRING = "must be a string"
         (asked(message=["Hi"]), {"message": STRING}),
         (asked(model_id=5), {"model_id": STRING}),
         (asked(model_id="m" * 129), {"model_id": "must have at most 128 characters"}),
-        (asked(session_id=5), {"session_id": NAME}),
+        (asked(session_id=5), {"session_id": STRING}),
         (asked(session_id=""), {"session_id": NAME}),
         (asked(session_id="a" * 65), {"session_id": NAME}),
         (asked(session_id="a\n"), {"session_id": NAME}),
@@ -256,7 +256,7 @@ STRING = "must be a string"
         (asked(session_id="a b"), {"session_id": NAME}),
         (
             b'{"message": 1, "model_id": 2, "session_id": 3}',
-            {"message": STRING, "model_id": STRING, "session_id": NAME},
+            {"message": STRING, "model_id": STRING, "session_id": STRING},
         ),
     ],
 )
