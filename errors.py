@@ -108,7 +108,7 @@ class ServiceError(Exception):
 
 
 class CallerError(ServiceError):
-    pass
+    """The request has to change."""
 
 
 class InvalidJSON(CallerError):
@@ -175,7 +175,7 @@ class TooManyStreams(CallerError):
 
 
 class ProviderError(ServiceError):
-    pass
+    """The provider failed, or the way to it."""
 
 
 class UpstreamError(ProviderError):
@@ -195,7 +195,7 @@ class UpstreamTimeout(ProviderError):
 
 
 class OurError(ServiceError):
-    pass
+    """This service failed, or takes no more now."""
 
 
 class InternalError(OurError):
