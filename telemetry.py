@@ -91,7 +91,6 @@ class RequestContext:
     metrics: Metrics
     # The event loop's clock, so that a stream's times and these can be compared.
     clock: Callable[[], float] = time.monotonic
-    new_id: Callable[[], str] = lambda: f"req_{secrets.token_hex(16)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +98,7 @@ class RequestContext:
             return
         headers = Headers(scope=scope)
         given, trace = headers.get("x-request-id", ""), headers.get("traceparent", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else self.new_id()
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         traceparent = trace if TRACEPARENT.fullmatch(trace) else None
         record = Record(request_id, traceparent, self.clock())
         # No browser may take an answer for something else than it says it is.

@@ -110,10 +110,10 @@ async def test_a_callers_own_request_id_is_kept(asked: str) -> None:
 )
 async def test_any_other_request_id_is_replaced(asked: str) -> None:
     handler, log = a_log()
-    app = RequestContext(hello, log, Metrics(), new_id=lambda: "made")
-    sent = await call(app, scope_of(x_request_id=asked))
-    assert head_of(sent)["x-request-id"] == "made"
-    assert (await handler.request())["request_id"] == "made"
+    sent = await call(RequestContext(hello, log, Metrics()), scope_of(x_request_id=asked))
+    made = head_of(sent)["x-request-id"]
+    assert re.fullmatch("req_[0-9a-f]{32}", made)
+    assert (await handler.request())["request_id"] == made
 
 
 async def test_ids_that_are_made_are_of_128_random_bits(service: StartService) -> None:
