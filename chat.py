@@ -165,11 +165,6 @@ class ErrorEvent(BaseModel):
     error: InvalidRequestDetail | ErrorDetail
 
 
-def frame(event: DoneEvent | ErrorEvent) -> bytes:
-    """One event on one `data:` line; JSON has no line ends of its own."""
-    return b"data: " + to_json(event) + b"\n\n"
-
-
 # ---- the stream
 
 # A client that closed its connection, and one that keeps it open but takes nothing.
@@ -259,6 +254,7 @@ class EventStream:
     # The relay
 
     async def _relay(self) -> None:
+        # An event is one `data:` line: JSON has no line ends of its own.
         head, tail = b'data: {"chunk":', b',"id":' + to_json(self.request_id) + b"}\n\n"
         try:
             async for batch in self.source:
@@ -393,6 +389,6 @@ class EventStream:
             # It is raised, and gets a status of its own.
             return
         with anyio.move_on_after(self.settings.write_timeout_seconds, shield=True) as writing:
-            await self._write(frame(event), last=True)
+            await self._write(b"data: " + to_json(event) + b"\n\n", last=True)
         if writing.cancelled_caught:
             self._depart("client_stalled")
