@@ -218,14 +218,13 @@ class EventStream:
         return self._departed or code
 
     def end_early(self, end: ServiceError | Departure) -> None:
-        """Stop relaying now and end like this. The first ending counts."""
+        """Stop relaying now and end like this. The first ending counts; of a departure that comes
+        after it, only that nobody is there any more."""
+        if isinstance(end, str):
+            self._departed = self._departed or end
         if self.end is None:
             self.end = end
             self._relaying.cancel()
-
-    def _depart(self, how: Departure) -> None:
-        self._departed = self._departed or how
-        self.end_early(how)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
@@ -299,7 +298,7 @@ class EventStream:
             await self._send({"type": "http.response.body", "body": body, "more_body": not last})
         except OSError:
             # ASGI's way, from its version 2.4 on, to say that nobody is there.
-            self._depart("client_gone")
+            self.end_early("client_gone")
         self._writing_since = None
         self._sent_at = self._now()
         self.blocked += self._sent_at - before
@@ -309,21 +308,18 @@ class EventStream:
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._depart("client_gone")
+        self.end_early("client_gone")
 
     def _watch(self) -> None:
-        """Do what is due, and look again when more may be."""
+        """Do what is due, if anything is, and look again: at once, or when more may be."""
         due, end = self._next()
         now = self._now()
         if now >= due:
             if end is None:
                 self._sent_at = now
                 self._beat = self._loop.create_task(self._transmit(b": keep-alive\n\n"))
-            elif isinstance(end, str):
-                self._depart(end)
             else:
                 self.end_early(end)
-            due = self._next()[0]
         limits = self.settings
         # What begins while nobody looks must not be seen later than it is due.
         nap = min(
@@ -344,9 +340,9 @@ class EventStream:
             due.append((self._writing_since + limits.write_timeout_seconds, "client_stalled"))
         else:
             due.append((self._sent_at + limits.heartbeat_seconds, None))
-        if self._writing_since is None and self._begun:
-            quiet = errors.UpstreamTimeout("The model stopped in the middle of its answer.")
-            due.append((self._waiting_since + limits.idle_timeout_seconds, quiet))
+            if self._begun:
+                quiet = errors.UpstreamTimeout("The model stopped in the middle of its answer.")
+                due.append((self._waiting_since + limits.idle_timeout_seconds, quiet))
         total = limits.total_timeout_seconds
         late = errors.UpstreamTimeout("The model took too long for its answer.")
         end = self._started + total + min(blocked, total)
@@ -391,4 +387,4 @@ class EventStream:
         with anyio.move_on_after(self.settings.write_timeout_seconds, shield=True) as writing:
             await self._write(b"data: " + to_json(event) + b"\n\n", last=True)
         if writing.cancelled_caught:
-            self._depart("client_stalled")
+            self.end_early("client_stalled")
