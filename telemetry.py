@@ -208,13 +208,12 @@ class TextFormatter(logging.Formatter):
 def _trace(error: BaseException) -> str:
     """A traceback, of causes and of a group's members too, without the errors' own texts, which may
     quote what a caller or a provider sent."""
-    lines: list[str] = []
+    told: dict[int, str] = {}
     left: list[BaseException | None] = [error]
-    told = set()
     while left:
+        # Errors may cause each other.
         if (each := left.pop()) is not None and id(each) not in told:
-            told.add(id(each))
             frames = "".join(traceback.format_tb(each.__traceback__))
-            lines.append(f"{type(each).__qualname__}\n{frames}")
+            told[id(each)] = f"{type(each).__qualname__}\n{frames}"
             left += [each.__cause__ or each.__context__, *getattr(each, "exceptions", ())]
-    return "caused by ".join(lines)
+    return "caused by ".join(told.values())
