@@ -408,14 +408,9 @@ def make_providers(settings: Settings) -> dict[str, LLMProvider]:
 
 
 async def answer(
-    targets: Sequence[Target],
-    messages: Sequence[Message],
-    call: Call,
-    *,
-    first_piece_seconds: float,
-    max_retries: int,
+    targets: Sequence[Target], messages: Sequence[Message], call: Call, settings: Settings
 ) -> Pieces:
-    """The answer of the first target that begins one within `first_piece_seconds`.
+    """The answer of the first target that begins one within `first_token_timeout_seconds`.
 
     A target that fails before its first piece gives way to the next at once; the last is tried
     again up to `max_retries` times, if its failure may pass and its wait fits into the time. With k
@@ -423,7 +418,7 @@ async def answer(
     a failure is final: whoever reads has begun to read.
     """
     now = asyncio.get_running_loop().time
-    deadline = now() + first_piece_seconds
+    deadline = now() + settings.first_token_timeout_seconds
     number = 0
     while True:
         target = targets[min(number, len(targets) - 1)]
@@ -450,7 +445,7 @@ async def answer(
         if retries < 0:
             continue
         wait = backoff(retries) if failure.retry_after is None else failure.retry_after
-        if retries == max_retries or not failure.retryable or now() + wait >= deadline:
+        if retries == settings.max_retries or not failure.retryable or now() + wait >= deadline:
             raise failure
         await anyio.sleep(wait)
 

@@ -101,13 +101,7 @@ class Service:
                 await self.store.end(session, turn)
 
         call = Call(record.request_id, record.traceparent)
-        pieces = answer(
-            targets,
-            self._messages(session, chat.message),
-            call,
-            first_piece_seconds=self.settings.first_token_timeout_seconds,
-            max_retries=self.settings.max_retries,
-        )
+        pieces = answer(targets, self._messages(session, chat.message), call, self.settings)
         stream = EventStream(pieces, settle, record.request_id, session.id, self.settings)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:

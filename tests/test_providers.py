@@ -1064,7 +1064,7 @@ def test_authorities_that_can_not_be_read_stop_the_start(
 async def test_an_answer_is_over_after_its_completion() -> None:
     target = Target(MockProvider(), "lorem-2")
     said = [{"role": "user", "content": "Hi"}]
-    pieces = answer([target], said, Call("req_1"), first_piece_seconds=20, max_retries=0)
+    pieces = answer([target], said, Call("req_1"), from_env({}))
     *batches, last = [batch async for batch in pieces]
     assert (batches, last) == (
         [["lorem "], ["ipsum "]],
