@@ -158,9 +158,8 @@ def short_address(host: str) -> str:
     except ValueError:
         return "unknown"
     address = getattr(address, "ipv4_mapped", None) or address
-    if address.version == 4:
-        return f"{str(address).rpartition('.')[0]}.0/24"
-    return str(ipaddress.IPv6Network((int(address), 48), strict=False))
+    prefix = 24 if address.version == 4 else 48
+    return str(ipaddress.ip_network((address.packed, prefix), strict=False))
 
 
 def short_hash(value: str) -> str:
