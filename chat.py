@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError, ValidationInfo
-from pydantic_core import to_json
+from pydantic_core import ErrorDetails, to_json
 from starlette.types import Receive, Scope, Send
 
 import errors
@@ -114,13 +114,12 @@ def parse_request(body: bytes, max_message_chars: int) -> ChatRequest:
         found = error.errors(include_url=False, include_context=False, include_input=False)
     if not found[0]["loc"]:
         raise errors.InvalidJSON('The body must be a JSON object in UTF-8: {"message": "Hello"}.')
-    first = found[:MAX_PROBLEMS]
-    problems = [_problem(each["type"], str(each["loc"][0]), each["msg"]) for each in first]
-    raise errors.InvalidRequest(*problems)
+    raise errors.InvalidRequest(*map(_problem, found[:MAX_PROBLEMS]))
 
 
-def _problem(kind: str, field: str, message: str) -> FieldProblem:
+def _problem(found: ErrorDetails) -> FieldProblem:
     """A problem in our words; pydantic's where it has them from us."""
+    field = str(found["loc"][0])
     known = list(ChatRequest.model_fields)
     near = difflib.get_close_matches(field, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -131,8 +130,8 @@ def _problem(kind: str, field: str, message: str) -> FieldProblem:
         "string_too_long": "must have at most 128 characters",
         "string_pattern_mismatch": "must be 1 to 64 of A-Z, a-z, 0-9, _ and -",
     }
-    name = re.sub("[^ -~]", "?", field)[:64]
-    return FieldProblem(field=name, message=words.get(kind, message.removeprefix("Value error, ")))
+    message = words.get(found["type"], found["msg"].removeprefix("Value error, "))
+    return FieldProblem(field=re.sub("[^ -~]", "?", field)[:64], message=message)
 
 
 # ---- the events
