@@ -375,9 +375,8 @@ class EventStream:
 
     async def _tell(self) -> None:
         ids: dict[str, Any] = {"id": self.request_id, "session_id": self.session_id}
-        event: DoneEvent | ErrorEvent
         if isinstance(self.end, Completion):
-            event = DoneEvent(**ids, **vars(self.end))
+            event: DoneEvent | ErrorEvent = DoneEvent(**ids, **vars(self.end))
         elif isinstance(self.end, ServiceError) and self._committed:
             event = ErrorEvent(**ids, error=self.end.detail())
         else:

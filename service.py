@@ -282,15 +282,13 @@ def _rfc3339(seconds: float) -> str:
 async def on_error(request: Request, error: Exception) -> Response:
     """Any error, ours or Starlette's, as an answer."""
     record = telemetry.record_of(request.scope)
-    told: errors.ServiceError
+    told = errors.as_told(error)
     record.headers["Cache-Control"] = "no-store"
     if isinstance(error, HTTPException) and error.headers:
         told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
         record.headers |= error.headers
     elif isinstance(error, HTTPException):
         told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
-    else:
-        told = errors.as_told(error)
     record.outcome = record.outcome or told.code
     if told.cause and "attempts" not in record.fields:
         record.fields["cause"] = told.cause
