@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Annotated, Any, Literal
 
@@ -193,7 +193,8 @@ class EventStream:
     session_id: str
     settings: Settings
     end: End | None = None
-    pieces: int = 0
+    # What was sent, or was being sent when it ended; nobody's log is to show it.
+    pieces: list[str] = field(default_factory=list, repr=False)
     first_piece_at: float | None = None
     # How long the provider was waited for, how long the client, and at most between two pieces.
     waited: float = 0.0
@@ -201,7 +202,6 @@ class EventStream:
     longest_gap: float = 0.0
 
     def __post_init__(self) -> None:
-        self._text: list[str] = []
         self._size = 0
         self._departed: Departure | None = None
         self._committed = self._headed = self._begun = False
@@ -272,8 +272,7 @@ class EventStream:
                     self._size += len(events) - len(batch) * (len(head) + len(tail))
                     if self._size > MAX_ANSWER_BYTES:
                         raise errors.UpstreamError("The model's answer is longer than 4 MiB.")
-                    self.pieces += len(batch)
-                    self._text += batch
+                    self.pieces += batch
                     await self._write(events)
                 self._waiting_since = self._now()
         except Exception as error:
@@ -365,7 +364,7 @@ class EventStream:
             self.end = errors.as_told(error)
         try:
             with anyio.fail_after(SETTLE_SECONDS, shield=True):
-                await self.settle("".join(self._text), self.end)
+                await self.settle("".join(self.pieces), self.end)
         except TimeoutError:
             self.end = errors.StateUnavailable(NOT_STORED)
         except Exception as error:

@@ -201,7 +201,7 @@ class Service:
         record.outcome = stream.outcome
         record.waited += stream.waited + stream.blocked
         gap = round(stream.longest_gap * 1000, 1)
-        record.fields |= {"pieces": stream.pieces, "longest_gap_ms": gap}
+        record.fields |= {"pieces": len(stream.pieces), "longest_gap_ms": gap}
         if isinstance(end, errors.InternalError):
             record.defect = end.__cause__ or end
         # The stream asks a provider before it waits for anything, so there is one.
@@ -218,7 +218,7 @@ class Service:
             kind = "retry" if failed.model == following.model else "failover"
             self.metrics.again.labels(kind, failed.error).inc()
         record.fields |= {"provider": provider, "attempts": attempts}
-        self.metrics.pieces.labels(provider, model).inc(stream.pieces)
+        self.metrics.pieces.labels(provider, model).inc(len(stream.pieces))
         if stream.first_piece_at is not None:
             seconds = max(0.0, stream.first_piece_at - record.started)
             record.fields["first_piece_ms"] = round(seconds * 1000, 1)
