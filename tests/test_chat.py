@@ -895,6 +895,16 @@ async def test_the_first_ending_counts() -> None:
     assert [event for event in stage.events if "status" in event] == stage.events[-1:]
 
 
+async def test_an_ending_that_comes_before_the_stream_finds_the_provider_asked() -> None:
+    stage = Stage(1000.0)
+    stage.stream.end_early(Overloaded("It is over."))
+    with pytest.raises(Overloaded):
+        await stage.play()
+    # What was never begun would have nothing to close.
+    assert stage.happened == ["closed", "settled"]
+    assert now() == 0
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(Overloaded("Not stored."), "overloaded"), (ValueError("secret"), "internal_error")],
