@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import aiohttp
 import anyio
@@ -137,32 +137,31 @@ class OpenAIProvider(LLMProvider):
 
     async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
         body = to_json({"model": model, "messages": messages, **self._options})
-        headers = {**self._headers, **call.headers()}
         request = httpx.Request(
             "POST",
             self._url,
             # A fourth of the time that `content=body` takes: aiohttp sets the body's headers.
             stream=httpx.ByteStream(body),
-            headers=headers,
+            headers={**self._headers, **call.headers()},
             extensions=self._extensions,
         )
         request.read()
         reader = ChunkReader()
         with upstream_errors():
             response = await self._transport.handle_async_request(request)
-        try:
-            attempt = call.attempts[-1]
-            attempt.status = response.status_code
-            attempt.provider_request_id = response.headers.get("x-request-id", "")[:128] or None
-            with upstream_errors():
+            try:
+                attempt = call.attempts[-1]
+                attempt.status = response.status_code
+                attempt.provider_request_id = response.headers.get("x-request-id", "")[:128] or None
                 await _check(response)
                 async with aclosing(self._read(response, reader)) as batches:
                     async for batch in batches:
                         yield batch
-        finally:
-            # Under cancellation every await is cancelled again; the socket is closed all the same.
-            with anyio.CancelScope(shield=True):
-                await response.aclose()
+            finally:
+                # Under cancellation every await is cancelled again; the socket is closed all the
+                # same.
+                with anyio.CancelScope(shield=True):
+                    await response.aclose()
         if reader.error:
             raise reader.error
         if not (reader.done or reader.finish_reason):
@@ -275,9 +274,8 @@ def http_transport(target: httpx.URL, settings: Settings) -> httpx.AsyncBaseTran
         connector = aiohttp.TCPConnector(
             limit=settings.max_streams, ssl=tls, keepalive_timeout=KEEP_ALIVE_SECONDS
         )
-        cookies = aiohttp.DummyCookieJar()
         return aiohttp.ClientSession(
-            connector=connector, cookie_jar=cookies, response_class=Response
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=Response
         )
 
     return AiohttpTransport(verify=tls, client=session, proxy=through)
@@ -313,6 +311,7 @@ class MockProvider(LLMProvider):
         yield Completion(f"mock/{model}", "stop", {**usage, "total_tokens": sum(usage.values())})
 
 
+NO_MODEL = "This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one."
 LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit")
 
 
@@ -329,14 +328,10 @@ def _mock_pieces(model: str, message: str) -> Batch:
             problem = "mock/lorem-N takes an N from 1 to 10000"
             raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
         return [f"{LOREM[i % len(LOREM)]} " for i in range(int(count))]
-    said = (
-        f"This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one. You said: {message}"
-    )
-    return re.findall(r"\s*\S+", said)
+    return re.findall(r"\s*\S+", f"{NO_MODEL} You said: {message}")
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A model and who answers for it."""
 
     provider: LLMProvider
@@ -354,9 +349,8 @@ class Router:
         self._providers = providers
         self._default = settings.default_provider_name
         self.default_model = settings.default_model
-        allowed = settings.models or (settings.default_model,)
-        if not settings.models and self._default == "mock":
-            allowed = (*allowed, "mock/*")
+        rehearsals = ("mock/*",) if self._default == "mock" else ()
+        allowed = settings.models or (settings.default_model, *rehearsals)
         self._fallbacks = [self._full_name(model) for model in settings.fallback_models]
         self._patterns = [(pattern, self._full_name(pattern)) for pattern in allowed]
         # Names that are known before anybody asks, so that they may stand in metrics.
@@ -392,19 +386,14 @@ class Router:
             raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
         # A mock's failure is a rehearsal: it has to be seen.
         fallbacks = [] if full.startswith("mock/") else self._fallbacks
-        return [self._target(name) for name in dict.fromkeys([full, *fallbacks])]
-
-    def _target(self, full: str) -> Target:
-        name, _, model = full.partition("/")
-        return Target(self._providers[name], model)
+        pairs = [name.split("/", 1) for name in dict.fromkeys([full, *fallbacks])]
+        return [Target(self._providers[provider], model) for provider, model in pairs]
 
 
 def make_providers(settings: Settings) -> dict[str, LLMProvider]:
     """Every provider that the settings name, and the mock."""
-    providers: dict[str, LLMProvider] = {"mock": MockProvider()}
-    for upstream in settings.upstreams:
-        providers[upstream.name] = OpenAIProvider(upstream, settings)
-    return providers
+    real = [OpenAIProvider(upstream, settings) for upstream in settings.upstreams]
+    return {provider.name: provider for provider in (MockProvider(), *real)}
 
 
 async def answer(
