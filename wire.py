@@ -32,9 +32,8 @@ class SSEDecoder:
     which is returned as an event of the name `error`.
     """
 
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+    def __init__(self) -> None:
         self.too_large = False
-        self._max = max_event_bytes
         self._line = bytearray()
         self._name = b""
         self._data: list[bytes] = []
@@ -63,7 +62,7 @@ class SSEDecoder:
                 self._take_line(line, events)
             self._line.clear()
         self._line += rest
-        self.too_large = self._size + len(self._line) > self._max
+        self.too_large = self._size + len(self._line) > MAX_EVENT_BYTES
         return events
 
     def _take_line(self, line: bytes, events: list[tuple[bytes, bytes]]) -> None:
@@ -107,27 +106,24 @@ class ChunkReader:
             if self.done or self.error:
                 break
             self.done = event.startswith(b"[DONE]")
-            if event and not self.done:
-                alive |= self._take(name, event, pieces)
+            if not event or self.done:
+                continue
+            try:
+                alive |= self._take(name, from_json(event, allow_inf_nan=False), pieces)
+            except (ValueError, TypeError, AttributeError):
+                # Not JSON, or of another shape than a chunk; an error may be told in plain text.
+                self.error = errors.UpstreamError("The provider's answer makes no sense.")
+                if name == b"error":
+                    self.error = refusal(500, event.decode(errors="replace"))
         if self._decoder.too_large and not (self.done or self.error):
             self.error = errors.UpstreamError("The provider sent an event of more than 1 MiB.")
         return pieces if pieces or alive else None
 
-    def _take(self, name: bytes, event: bytes, pieces: Batch) -> bool:
-        try:
-            return self._read(name, from_json(event, allow_inf_nan=False), pieces)
-        except (ValueError, TypeError, AttributeError):
-            # Not JSON, or JSON of another shape than a chunk's; an error may be told in plain text.
-            self.error = errors.UpstreamError("The provider's answer makes no sense.")
-            if name == b"error":
-                self.error = refusal(500, event.decode(errors="replace"))
-            return False
-
-    def _read(self, name: bytes, chunk: Any, pieces: Batch) -> bool:
+    def _take(self, name: bytes, chunk: Any, pieces: Batch) -> bool:
         """Take what one chunk tells; true if it is a sign of life: text or reasoning.
 
         `chunk` is Any because it is a stranger's JSON; a shape that does not fit raises
-        AttributeError or TypeError, which `_take` answers for.
+        AttributeError or TypeError, which `feed` answers for.
         """
         if name == b"error" or chunk.get("error"):
             self.error = refusal(500, chunk)
@@ -169,9 +165,7 @@ TOO_LONG = re.compile(
     "context.(length|window)|too_many_prompt_tokens|(prompt|messages|input)( is| are)? too long",
     re.I,
 )
-REFUSED = re.compile(
-    "content_filter|content_policy|content management policy|invalid_prompt", re.IGNORECASE
-)
+REFUSED = re.compile("content_filter|content_policy|content management policy|invalid_prompt", re.I)
 # 429s that waiting does not cure: somebody has to pay.
 QUOTA = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing_", re.I)
 OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.I)

@@ -188,6 +188,13 @@ def test_any_bytes_are_read_as_the_standard_says(stream: bytes) -> None:
     assert decode(stream) == by_the_standard(stream)
 
 
+def nearly_full() -> SSEDecoder:
+    """A decoder in the middle of an event that may have 99 bytes more."""
+    decoder = SSEDecoder()
+    assert decoder.feed(b"data:" + (MAX_EVENT_BYTES - 100) * b"x" + b"\n") == []
+    return decoder
+
+
 @pytest.mark.parametrize(
     "endless",
     [
@@ -200,7 +207,7 @@ def test_any_bytes_are_read_as_the_standard_says(stream: bytes) -> None:
     ids=["a line", "no field", "a comment", "lines of one event", "an error line"],
 )
 def test_what_does_not_end_within_the_limit_is_reported_as_too_large(endless: bytes) -> None:
-    decoder = SSEDecoder(max_event_bytes=99)
+    decoder = nearly_full()
     seen = []
     for byte in cut(endless, range(len(endless))):
         assert decoder.feed(byte) == []
@@ -210,15 +217,18 @@ def test_what_does_not_end_within_the_limit_is_reported_as_too_large(endless: by
 
 
 def test_an_event_without_end_is_too_large_even_if_its_lines_are_empty() -> None:
-    decoder = SSEDecoder(max_event_bytes=99)
-    assert decoder.feed(1000 * b"data:\n") == []
+    decoder = nearly_full()
+    assert decoder.feed(99 * b"data:\n") == []
+    assert not decoder.too_large
+    assert decoder.feed(b"data:\n") == []
     assert decoder.too_large
 
 
 def test_the_limit_is_for_one_event_and_not_for_their_sum() -> None:
-    decoder = SSEDecoder(max_event_bytes=99)
+    decoder = SSEDecoder()
+    text = (MAX_EVENT_BYTES * 2 // 3) * b"x"
     for _ in range(10):
-        assert decoder.feed(b"data: " + 60 * b"x" + b"\n\n") == [(b"", 60 * b"x")]
+        assert decoder.feed(b"data: " + text + b"\n\n") == [(b"", text)]
         assert not decoder.too_large
 
 
