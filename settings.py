@@ -8,10 +8,10 @@ what it got (never for a secret) and what it takes.
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from dotenv.parser import parse_stream
 from pydantic import (
@@ -26,7 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-SECRETS = frozenset({"OPENAI_API_KEY", "API_KEYS", "STATE_URL"})
+M = TypeVar("M", bound=BaseModel)
+
 RATE_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
@@ -49,12 +50,8 @@ class ApiKey(NamedTuple):
 
 
 def _items(text: str) -> tuple[str, ...]:
+    """A list as it stands in the environment."""
     return tuple(item for item in (part.strip() for part in text.split(",")) if item)
-
-
-def _split(value: object) -> object:
-    """A list as it stands in the environment, or the providers that were made of one."""
-    return _items(value) if isinstance(value, str) else value
 
 
 def _rate(value: str) -> Rate | None:
@@ -108,30 +105,24 @@ def _matching(pattern: str, takes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-LIST = BeforeValidator(_split)
+ORIGIN = r"https?://[^\s/?#*@]+"
+HOST = r"\*|(\*\.)?[\w.-]+|\[[0-9a-f:.]+\]"
+STATE_URL = "memory://|sqlite:///.+|rediss?://.+"
+STATE_URLS = (
+    "sqlite:///PATH (sqlite:////PATH from /), memory://, redis://HOST or, with TLS, rediss://HOST"
+)
+
+LIST = BeforeValidator(_items)
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Limit = Annotated[Rate | None, BeforeValidator(_rate)]
 Bearer = Annotated[SecretStr, AfterValidator(_bearer)]
+OptionalKey = Annotated[Bearer | None, Field(repr=False)]
 BaseUrl = Annotated[HttpUrl, AfterValidator(_base_url)]
 Network = Annotated[IPvAnyNetwork, AfterValidator(_network)]
-Origin = Annotated[
-    str, _matching(r"https?://[^\s/?#*@]+", "exact origins: https://app.example.com, never *")
-]
-Host = Annotated[
-    str,
-    _matching(
-        r"\*|(\*\.)?[\w.-]+|\[[0-9a-f:.]+\]", "host names such as localhost or *.example.com"
-    ),
-]
-StateUrl = Annotated[
-    str,
-    _matching(
-        "memory://|sqlite:///.+|rediss?://.+",
-        "sqlite:///PATH (sqlite:////PATH from /), memory://, redis://HOST or, with TLS, rediss://HOST",
-    ),
-    Field(repr=False),
-]
+Origin = Annotated[str, _matching(ORIGIN, "exact origins: https://app.example.com, never *")]
+Host = Annotated[str, _matching(HOST, "host names such as localhost or *.example.com")]
+StateUrl = Annotated[str, _matching(STATE_URL, STATE_URLS), Field(repr=False)]
 
 
 class Upstream(BaseModel, frozen=True, hide_input_in_errors=True):
@@ -139,7 +130,7 @@ class Upstream(BaseModel, frozen=True, hide_input_in_errors=True):
 
     name: str
     base_url: BaseUrl
-    api_key: Bearer | None = None
+    api_key: OptionalKey = None
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
@@ -149,12 +140,12 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     # ---- Models and providers
 
     # With a key, OpenAI answers; without one, a mock does.
-    openai_api_key: Bearer | None = None
+    openai_api_key: OptionalKey = None
     # Where the provider openai is asked; another address for a gateway that speaks its API.
     openai_base_url: BaseUrl = HttpUrl("https://api.openai.com/v1")
     # More OpenAI-compatible servers, by names that you choose: groq,local. Each has an address,
     # GROQ_BASE_URL, and unless it needs none a key, GROQ_API_KEY.
-    providers: Annotated[tuple[Upstream, ...], LIST] = ()
+    providers: tuple[Upstream, ...] = ()
     # Who answers a bare model name. Unset: openai if it has a key, else the first of PROVIDERS,
     # else mock.
     default_provider: str | None = None
@@ -251,8 +242,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     @property
     def default_provider_name(self) -> str:
-        names = [upstream.name for upstream in self.upstreams]
-        return self.default_provider or (names[0] if names else "mock")
+        return self.default_provider or next((each.name for each in self.upstreams), "mock")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -267,6 +257,10 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
         return self
 
 
+# What is not shown may stand in a file, and stands in no error.
+SECRETS = frozenset(name.upper() for name, field in Settings.model_fields.items() if not field.repr)
+
+
 def variables() -> list[str]:
     """The names of all variables but those of `PROVIDERS`, which follow from its value."""
     return [name.upper() for name in Settings.model_fields]
@@ -274,18 +268,8 @@ def variables() -> list[str]:
 
 def from_env(env: Mapping[str, str]) -> Settings:
     """`Settings` from a mapping such as `os.environ`. Raises SettingsError."""
-    values: dict[str, Any] = {}
-    for name in variables():
-        if value := _read(env, name, secret=name in SECRETS):
-            values[name.lower()] = value
-    if "providers" in values:
-        values["providers"] = [
-            _upstream(env, name) for name in dict.fromkeys(_items(values["providers"]))
-        ]
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        raise SettingsError(_one_line(error, values)) from None
+    names = dict.fromkeys(_items(_read(env, "PROVIDERS", secret=False)))
+    return _build(Settings, env, providers=tuple(_upstream(env, name) for name in names))
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -309,19 +293,17 @@ def read_env_file(path: Path) -> dict[str, str]:
     return values
 
 
-def unknown_variables(file: Iterable[str], settings: Settings) -> list[str]:
+def unknown_variables(file: Iterable[str], settings: Settings) -> Iterator[str]:
     """One warning for each name in `file`, the keys of an .env, that no setting reads."""
     known = [*variables(), *(f"{secret}_FILE" for secret in SECRETS)]
     for upstream in settings.providers:
         prefix = _prefix(upstream.name)
         known += [f"{prefix}_BASE_URL", f"{prefix}_API_KEY", f"{prefix}_API_KEY_FILE"]
-    warnings = []
     for name in file:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{name} in .env is not a setting of this service{hint}")
-    return warnings
+            yield f"{name} in .env is not a setting of this service{hint}"
 
 
 def _read(env: Mapping[str, str], name: str, *, secret: bool) -> str:
@@ -348,22 +330,30 @@ def _prefix(name: str) -> str:
 
 def _upstream(env: Mapping[str, str], name: str) -> Upstream:
     prefix = _prefix(name)
-    taken = name == "mock" or f"{prefix}_API_KEY" in variables()
-    if taken or not re.fullmatch("[a-z][a-z0-9-]{0,31}", name):
+    if name in ("openai", "mock") or not re.fullmatch("[a-z][a-z0-9-]{0,31}", name):
         takes = "takes names such as groq or local-llm; openai and mock need no entry"
         raise SettingsError(f"PROVIDERS: {name!r} is not usable: {takes}")
-    values = {"base_url": _read(env, f"{prefix}_BASE_URL", secret=False)}
-    if key := _read(env, f"{prefix}_API_KEY", secret=True):
-        values["api_key"] = key
-    if not values["base_url"]:
+    if not _read(env, f"{prefix}_BASE_URL", secret=False):
         raise SettingsError(f"{prefix}_BASE_URL is not set, but PROVIDERS names {name}")
+    return _build(Upstream, env, f"{prefix}_", name=name)
+
+
+def _build(model: type[M], env: Mapping[str, str], prefix: str = "", **given: object) -> M:
+    """A model of what is given and, for its other fields, of the variables of their names."""
+    values: dict[str, Any] = {}
+    for field, info in model.model_fields.items():
+        name = prefix + field.upper()
+        if field not in given and (value := _read(env, name, secret=not info.repr)):
+            values[field] = value
     try:
-        return Upstream.model_validate({"name": name, **values})
+        return model(**values, **given)
     except ValidationError as error:
-        raise SettingsError(_one_line(error, values, f"{prefix}_")) from None
+        raise SettingsError(_one_line(error, model, values, prefix)) from None
 
 
-def _one_line(error: ValidationError, values: Mapping[str, str], prefix: str = "") -> str:
+def _one_line(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, str], prefix: str
+) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
     message = re.sub("^Input should be (?=less|greater)", "takes a number ", message)
@@ -371,8 +361,7 @@ def _one_line(error: ValidationError, values: Mapping[str, str], prefix: str = "
     if not first["loc"]:
         return message
     field = str(first["loc"][0])
-    name = prefix + field.upper()
-    got = values[field]
+    name, got = prefix + field.upper(), values[field]
     # An address may hold a password, or a key in its query.
-    secret = name in SECRETS or field == "api_key" or re.search("[@?]", str(got))
+    secret = not model.model_fields[field].repr or re.search("[@?]", got)
     return f"{name}: {message}" if secret else f"{name}={got!r}: {message}"

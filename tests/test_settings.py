@@ -430,18 +430,18 @@ def test_a_default_provider_that_is_not_configured_is_refused(
 def test_an_unknown_name_gives_a_warning_that_offers_the_nearest_known_one(
     name: str, hint: str
 ) -> None:
-    warnings = unknown_variables([name, "PORT"], from_env(GROQ))
+    warnings = list(unknown_variables([name, "PORT"], from_env(GROQ)))
     assert warnings == [f"{name} in .env is not a setting of this service{hint}"]
 
 
 def test_all_that_is_read_is_known() -> None:
     secrets = ("OPENAI_API_KEY_FILE", "API_KEYS_FILE", "STATE_URL_FILE", "GROQ_API_KEY_FILE")
     names = [*variables(), *secrets, "GROQ_BASE_URL", "GROQ_API_KEY"]
-    assert unknown_variables(names, from_env(GROQ)) == []
+    assert list(unknown_variables(names, from_env(GROQ))) == []
 
 
 def test_variables_of_a_provider_that_is_not_named_are_unknown() -> None:
-    assert len(unknown_variables(["GROQ_BASE_URL", "GROQ_API_KEY"], from_env({}))) == 2
+    assert len([*unknown_variables(["GROQ_BASE_URL", "GROQ_API_KEY"], from_env({}))]) == 2
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_the_example_holds_each_variable_once_in_the_order_of_the_model() -> Non
 
 def test_the_example_writes_down_the_defaults() -> None:
     assert from_env(read_env_file(EXAMPLE)) == from_env({})
-    assert unknown_variables(read_env_file(EXAMPLE), from_env({})) == []
+    assert list(unknown_variables(read_env_file(EXAMPLE), from_env({}))) == []
     for match in ASSIGNMENT.finditer(EXAMPLE.read_text()):
         if match[2] in variables():
             default = Settings.model_fields[match[2].lower()].default
