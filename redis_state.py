@@ -11,19 +11,17 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import redis
 from pydantic_core import from_json, to_json
-from redis.exceptions import NoScriptError
 
 import errors
 from ratelimit import MICROSECONDS, Caller, RateLimiter, Verdict, told
-from sessions import BUSY, ISSUED, UNAVAILABLE, Session, SessionStore, Turn, issue, kept
+from sessions import BUSY, ISSUED, LOST, UNAVAILABLE, Session, SessionStore, Turn, issue, kept
 from settings import Rate, SettingsError
 
 # For a trip, with the one before it and a new connection. A request makes two of them before its
@@ -36,7 +34,6 @@ LEASE_MILLISECONDS = 4000
 # The whole numbers of a double, which Lua counts with.
 EXACT = 2**53
 TAKES = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
-LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
 
 # `ratelimit.take` on whole numbers that a double holds. A bucket is "shares at"; it expires when it
 # is full, a millisecond late, for Redis cuts its clock to milliseconds. KEYS: the bucket. ARGV: a
@@ -142,10 +139,8 @@ for number = 2, #ARGV do
 end
 """
 
-# What a script returns is the script's to say; see above.
-Ask = Callable[..., Awaitable[Any]]
-# A script's SHA-1, the script, its keys and arguments.
-Question = tuple[str, str, Sequence[str], Sequence[str | bytes | int]]
+# A script, its keys and arguments.
+Question = tuple[str, Sequence[str], Sequence[str | bytes | int]]
 
 
 def shared_state(
@@ -186,21 +181,17 @@ class Server:
             raise SettingsError(f"STATE_URL: this Redis {problem}")
         self._thread = ThreadPoolExecutor(1, "redis")
 
-    def script(self, text: str) -> Ask:
-        """`await ask(keys, *args)` runs the script in one round trip. Raises StateUnavailable."""
-        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-        async def ask(keys: Sequence[str], *args: str | bytes | int) -> Any:
-            waiting = asyncio.get_running_loop().create_future()
-            self._waiting.append((waiting, (sha, text, keys, args)))
-            if self._sending is None or self._sending.done():
-                self._sending = asyncio.create_task(self._send())
-            reply = await waiting
-            if isinstance(reply, Exception):
-                raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from reply
-            return reply
-
-        return ask
+    async def ask(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
+        """What the script returns, which is the script's to say, after one round trip. Raises
+        StateUnavailable."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.append((waiting, (script, keys, args)))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+        reply = await waiting
+        if isinstance(reply, Exception):
+            raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from reply
+        return reply
 
     async def aclose(self) -> None:
         if self._sending is not None:
@@ -229,19 +220,13 @@ class Server:
         """In the thread: what each script returned, or raised; or why nothing came of it."""
         try:
             with self._client.pipeline(transaction=False) as pipeline:
-                for sha, _, keys, args in questions:
-                    pipeline.evalsha(sha, len(keys), *keys, *args)
-                replies = pipeline.execute(raise_on_error=False)
-                # A Redis that was started anew has to be told its scripts.
-                new = [n for n, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-                for _, text, keys, args in (questions[number] for number in new):
-                    pipeline.eval(text, len(keys), *keys, *args)
-                again = pipeline.execute(raise_on_error=False)
+                # Whole, not by its SHA-1: Redis compiles it once all the same, and one that was
+                # started anew need not be told it.
+                for script, keys, args in questions:
+                    pipeline.eval(script, len(keys), *keys, *args)
+                return pipeline.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
             return error
-        for number, reply in zip(new, again, strict=True):
-            replies[number] = reply
-        return replies
 
 
 class RedisLimiter:
@@ -250,7 +235,7 @@ class RedisLimiter:
 
     def __init__(self, server: Server, rate: Rate) -> None:
         self.rate = rate
-        self._take = server.script(TAKE)
+        self._server = server
         token = rate.seconds * MICROSECONDS
         # Shares that only ever come and go together are counted as one.
         self._together = math.gcd(token, rate.limit)
@@ -263,7 +248,7 @@ class RedisLimiter:
     async def take(self, caller: Caller) -> Verdict:
         """One token of the caller's bucket. Raises StateUnavailable."""
         key = f"chat:bucket:{self.rate.limit}/{self.rate.seconds}:{caller.owner}"
-        allowed, shares = await self._take([key], *self._sizes)
+        allowed, shares = await self._server.ask(TAKE, [key], *self._sizes)
         return told(bool(allowed), shares * self._together, self.rate)
 
 
@@ -273,8 +258,6 @@ class RedisStore(SessionStore):
 
     def __init__(self, server: Server, *, ttl: float, max_chars: int) -> None:
         self._server = server
-        self._view, self._end = server.script(OPEN), server.script(END)
-        self._delete, self._renew = server.script(DELETE), server.script(RENEW)
         self._ttl = ttl
         self._max_chars = max_chars
         # The keys of the sessions whose answers run here, by their locks' tokens.
@@ -290,7 +273,7 @@ class RedisStore(SessionStore):
         self._held[token] = _keys(owner, session_id)
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._keep_renewing())
-        return replace(session, incarnation=token)
+        return session._replace(incarnation=token)
 
     async def end(self, session: Session, turn: Turn | None) -> None:
         token = str(session.incarnation or "")
@@ -302,20 +285,20 @@ class RedisStore(SessionStore):
             took = max(0, round((turn.answered_at - turn.asked_at) * 1000))
             said = (count, took, text)
         keys, ttl = _keys(session.owner, session.id), math.ceil(self._ttl * 1000)
-        if await self._end(keys, token, session.owner, ttl, *said) == b"lost":
+        if await self._server.ask(END, keys, token, session.owner, ttl, *said) == b"lost":
             raise errors.StateUnavailable(LOST)
 
     async def read(self, owner: str, session_id: str) -> Session:
         return await self._find(owner, session_id)
 
     async def delete(self, owner: str, session_id: str) -> None:
-        _refuse(await self._delete(_keys(owner, session_id), owner))
+        _refuse(await self._server.ask(DELETE, _keys(owner, session_id), owner))
 
     async def sweep(self) -> None:
         """Redis does."""
 
     async def check(self) -> None:
-        await self._renew([], LEASE_MILLISECONDS)
+        await self._server.ask(RENEW, [], LEASE_MILLISECONDS)
 
     async def aclose(self) -> None:
         if self._renewing is not None:
@@ -323,7 +306,7 @@ class RedisStore(SessionStore):
         await self._server.aclose()
 
     async def _find(self, owner: str, session_id: str, *lock: str | int) -> Session:
-        found = await self._view(_keys(owner, session_id), owner, *lock)
+        found = await self._server.ask(OPEN, _keys(owner, session_id), owner, *lock)
         holder, began, ends, turns = _refuse(found)
         history = [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))]
         times = int(began) / 1000, int(ends) / 1000
@@ -336,7 +319,7 @@ class RedisStore(SessionStore):
             keys = [key for keys in self._held.values() for key in keys]
             # One that could not be renewed now may be yet, until it is over.
             with suppress(errors.StateUnavailable):
-                await self._renew(keys, LEASE_MILLISECONDS, *self._held)
+                await self._server.ask(RENEW, keys, LEASE_MILLISECONDS, *self._held)
 
 
 def _keys(owner: str, session_id: str) -> Sequence[str]:

@@ -13,7 +13,6 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -27,6 +26,7 @@ from settings import SettingsError
 ISSUED = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
 BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
+LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
 UNAVAILABLE = "Conversations can't be reached just now; the latest answer may not be remembered."
 # Stored in the file; a release that knows only older ones refuses it.
 SCHEMA_VERSION = 1
@@ -50,13 +50,8 @@ class Turn(NamedTuple):
     asked_at: float
     answered_at: float
 
-    @property
-    def chars(self) -> int:
-        return len(self.message) + len(self.answer)
 
-
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """A session as it was when it was opened. `incarnation` is the store's own name for it, which
     no later session of the same id has; None for one that is not stored yet."""
 
@@ -115,7 +110,7 @@ def kept(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
     """The newest whole turns that fit into `max_chars`; the newest one always."""
     chars = 0
     for count, turn in enumerate(reversed(turns)):
-        chars += turn.chars
+        chars += len(turn.message) + len(turn.answer)
         if chars > max_chars and count:
             return turns[len(turns) - count :]
     return turns
@@ -232,28 +227,22 @@ class SQLiteStore(SessionStore):
         row = (_digest(session.id), session.owner, session.created_at, session.expires_at)
         insert = "INSERT OR REPLACE INTO session VALUES (NULL, ?, ?, ?, ?, ?)"
         incarnation = self._db.execute(insert, (*row, to_json(session.turns))).lastrowid
-        return replace(session, incarnation=incarnation)
+        return session._replace(incarnation=incarnation)
 
     def _end(self, session: Session, turn: Turn | None) -> None:
         try:
             turns = [*session.turns, turn] if turn else session.turns
             expires_at = (turn.answered_at if turn else self._clock()) + self._ttl
-            session = replace(session, turns=kept(turns, self._max_chars), expires_at=expires_at)
+            session = session._replace(turns=kept(turns, self._max_chars), expires_at=expires_at)
             if session.incarnation is None:
                 self._create(session)
             elif turn is not None:
-                self._update(session)
+                update = "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?"
+                row = (to_json(session.turns), session.expires_at, session.incarnation)
+                if not self._db.execute(update, row).rowcount:
+                    raise errors.StateUnavailable(LOST)
         finally:
             self._busy.discard(session.incarnation)
-
-    def _update(self, session: Session) -> None:
-        row = (to_json(session.turns), session.expires_at, session.incarnation)
-        updated = self._db.execute(
-            "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?", row
-        )
-        if not updated.rowcount:
-            problem = "The session ended before its answer did; this turn is not stored."
-            raise errors.StateUnavailable(problem)
 
     def _delete(self, owner: str, session_id: str) -> None:
         session = self._find(owner, session_id)
@@ -263,18 +252,16 @@ class SQLiteStore(SessionStore):
 
     def _sweep(self) -> int:
         """How many sessions went; 0 when there is nothing left to do."""
-        rows = self._db.execute(
-            "SELECT incarnation FROM session WHERE expires_at <= ? LIMIT ?",
-            (self._clock(), SWEEP_ROWS + len(self._busy)),
-        ).fetchall()
-        expired = [row for row in rows if row[0] not in self._busy]
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:
-            self._db.executemany("DELETE FROM session WHERE incarnation = ?", expired)
+        swept = self._db.execute(
+            "DELETE FROM session WHERE incarnation IN (SELECT incarnation FROM session"
+            " WHERE expires_at <= ? AND incarnation NOT IN (SELECT value FROM json_each(?))"
+            " LIMIT ?)",
+            (self._clock(), to_json(self._busy).decode(), SWEEP_ROWS),
+        )
         # Gives the freed pages back to the file system, and with the journal the last copies of
         # what was deleted.
         self._db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
-        return len(expired)
+        return swept.rowcount
 
 
 def _digest(session_id: str) -> bytes:

@@ -364,7 +364,7 @@ async def test_a_request_makes_at_most_three_round_trips(
                 seen.append(each)
             # What a script calls is no trip, and neither is the renewal in the background.
             trips.append([e["command"].split()[0] for e in seen if e["client_type"] != "lua"])
-    assert trips == [["EVALSHA"] * 3, ["EVALSHA"] * 2]
+    assert trips == [["EVAL"] * 3, ["EVAL"] * 2]
 
 
 async def unavailable(app: Running) -> None:

@@ -548,12 +548,13 @@ def fill(file: Path, sessions: int) -> None:
 
 async def test_no_statement_reads_a_whole_table(store: SQLiteStore, file: Path) -> None:
     found = statements()
-    assert len(found) >= 7
+    assert len(found) >= 6
     with other_connection(file) as db:
         for sql in found:
             values = [None] * len(set(re.findall(r"\?\d*", sql)) - {"?"} or re.findall(r"\?", sql))
             plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
-            scans = [step for step in plan if step.startswith("SCAN")]
+            # What is locked just now is a list of the process's own.
+            scans = [step for step in plan if re.match("SCAN (?!json_each)", step)]
             # One row of any is enough to see that the store answers.
             assert not scans or sql == "SELECT 1 FROM session LIMIT 1", (sql, plan)
 
@@ -578,7 +579,12 @@ async def test_a_hundred_thousand_sessions_cost_a_request_no_more_than_a_hundred
                 ),
                 steps(db, "UPDATE session SET expires_at = ? WHERE incarnation = ?", 0.5, middle),
                 steps(db, "DELETE FROM session WHERE incarnation = ?", middle),
-                steps(db, "SELECT incarnation FROM session WHERE expires_at <= ? LIMIT 10", AT),
+                steps(
+                    db,
+                    "SELECT incarnation FROM session WHERE expires_at <= ? AND incarnation NOT IN"
+                    " (SELECT value FROM json_each('[1]')) LIMIT 10",
+                    AT,
+                ),
             ]
         async with opened(file, clock) as store:
             await store.sweep()
