@@ -37,11 +37,8 @@ def find_key(presented: str, keys: Sequence[ApiKey]) -> Caller | None:
     """The caller whose key this is. All keys are compared, each in constant time, so that neither
     the time nor the place of a match tells anything about a key."""
     digest = hashlib.sha256(presented.encode()).digest()
-    found = None
-    for key in keys:
-        if hmac.compare_digest(key.digest, digest):
-            found = Caller("key", key.name)
-    return found
+    names = [key.name for key in keys if hmac.compare_digest(key.digest, digest)]
+    return Caller("key", names[-1]) if names else None
 
 
 def by_address(host: str | None) -> Caller:
@@ -121,34 +118,31 @@ class Limiter:
         self.rate = rate
         self._clock = clock
         self._max_buckets = max_buckets
-        self._buckets: dict[str, Bucket] = {}
+        self.buckets: dict[str, Bucket] = {}
         # One entry a bucket, (a time at which it was not yet full, its caller). Taking a token puts
         # that time off; the entry learns of it when it comes to the top.
         self._due: list[tuple[int, str]] = []
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
     async def take(self, caller: Caller) -> Verdict:
         now = self._clock()
-        known = self._buckets.get(caller.owner)
+        known = self.buckets.get(caller.owner)
         if known is None:
             self._make_room(now)
         bucket, verdict = take(known, self.rate, now)
-        self._buckets[caller.owner] = bucket
+        self.buckets[caller.owner] = bucket
         if known is None:
             heapq.heappush(self._due, (full_at(bucket, self.rate), caller.owner))
         return verdict
 
     def _make_room(self, now: int) -> None:
-        while self._due and (self._due[0][0] <= now or len(self._buckets) >= self._max_buckets):
+        while self._due and (self._due[0][0] <= now or len(self.buckets) >= self._max_buckets):
             due, owner = self._due[0]
-            later = full_at(self._buckets[owner], self.rate)
+            later = full_at(self.buckets[owner], self.rate)
             if later > due:
                 heapq.heapreplace(self._due, (later, owner))
             else:
                 heapq.heappop(self._due)
-                del self._buckets[owner]
+                del self.buckets[owner]
 
 
 class Streams:
