@@ -347,32 +347,34 @@ class Router:
 
     def __init__(self, settings: Settings, providers: Mapping[str, LLMProvider]) -> None:
         self._providers = providers
-        self._default = settings.default_provider_name
+        self._default = providers[settings.default_provider_name]
         self.default_model = settings.default_model
-        rehearsals = ("mock/*",) if self._default == "mock" else ()
+        rehearsals = ("mock/*",) if self._default.name == "mock" else ()
         allowed = settings.models or (settings.default_model, *rehearsals)
-        self._fallbacks = [self._full_name(model) for model in settings.fallback_models]
-        self._patterns = [(pattern, self._full_name(pattern)) for pattern in allowed]
+        # As they were set, and in full.
+        self._patterns = {pattern: self._target(pattern).name for pattern in allowed}
+        self._fallbacks = [self._target(model) for model in settings.fallback_models]
         # Names that are known before anybody asks, so that they may stand in metrics.
         mocks = [f"mock/{model}" for model in MockProvider.models]
-        self.known = {*self._fallbacks, *mocks, *(full for _, full in self._patterns)}
-        if not self._allows(self._full_name(settings.default_model)):
+        self.known = {*mocks, *self._patterns.values(), *(each.name for each in self._fallbacks)}
+        if not self._allows(self._target(settings.default_model)):
             problem = "is not among MODELS: set it to one of them"
             raise SettingsError(f"DEFAULT_MODEL={settings.default_model!r} {problem}")
 
-    def _allows(self, full: str) -> bool:
-        return any(fnmatchcase(full, pattern) for _, pattern in self._patterns)
+    def _allows(self, target: Target) -> bool:
+        return any(fnmatchcase(target.name, full) for full in self._patterns.values())
 
-    def _full_name(self, model: str) -> str:
-        """`provider/model`: what precedes the first slash is a provider if one has that name."""
-        prefix, slash, _ = model.partition("/")
-        return model if slash and prefix in self._providers else f"{self._default}/{model}"
+    def _target(self, model: str) -> Target:
+        """What precedes the first slash is a provider if one has that name."""
+        prefix, slash, rest = model.partition("/")
+        named = slash and prefix in self._providers
+        return Target(self._providers[prefix], rest) if named else Target(self._default, model)
 
     @property
     def models(self) -> list[str]:
         """What callers may ask for. Globs stand as they are, the mock's models by their names."""
         names = []
-        for pattern, full in self._patterns:
+        for pattern, full in self._patterns.items():
             mocks = [f"mock/{m}" for m in MockProvider.models if fnmatchcase(f"mock/{m}", full)]
             names += mocks if "*" in pattern and mocks else [pattern]
         return list(dict.fromkeys(names))
@@ -380,14 +382,13 @@ class Router:
     def resolve(self, model_id: str | None) -> list[Target]:
         """The model's target, and those to try when it fails before its first piece. Raises
         InvalidRequest, with the models that are allowed, for one that is not."""
-        full = self._full_name(self.default_model if model_id is None else model_id)
-        if not self._allows(full):
+        target = self._target(self.default_model if model_id is None else model_id)
+        if not self._allows(target):
             problem = f"is not a model of this service; it has {', '.join(self.models)}"
             raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
         # A mock's failure is a rehearsal: it has to be seen.
-        fallbacks = [] if full.startswith("mock/") else self._fallbacks
-        pairs = [name.split("/", 1) for name in dict.fromkeys([full, *fallbacks])]
-        return [Target(self._providers[provider], model) for provider, model in pairs]
+        fallbacks = [] if target.provider.name == "mock" else self._fallbacks
+        return list(dict.fromkeys([target, *fallbacks]))
 
 
 def make_providers(settings: Settings) -> dict[str, LLMProvider]:
