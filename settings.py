@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 RATE_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
@@ -77,19 +78,6 @@ def _api_keys(value: str) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
-def _bearer(value: SecretStr) -> SecretStr:
-    # A newline in a header value would raise on every request; better once, here.
-    if not re.fullmatch("[!-~]+", value.get_secret_value()):
-        raise ValueError("takes visible ASCII characters only: no spaces, no line ends")
-    return value
-
-
-def _base_url(value: HttpUrl) -> HttpUrl:
-    if value.username or value.password or value.query or value.fragment:
-        raise ValueError("takes a plain URL such as http://localhost:11434/v1")
-    return value
-
-
 def _network(value: str) -> IPv4Network | IPv6Network:
     with suppress(ValueError):
         if (network := ip_network(value)).prefixlen:
@@ -98,14 +86,19 @@ def _network(value: str) -> IPv4Network | IPv6Network:
 
 
 def _matching(pattern: str, takes: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+    def check(value: T) -> T:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        if not re.fullmatch(pattern, text):
             raise ValueError(f"takes {takes}")
         return value
 
     return AfterValidator(check)
 
 
+# A newline in a header value would raise on every request; better once, here.
+BEARER = "[!-~]+"
+# As pydantic writes it down: no user, no query, no fragment.
+BASE_URL = "https?://[^@/]+/[^?#]*"
 ORIGIN = r"https?://[^\s/?#*@]+"
 HOST = r"\*|(\*\.)?[\w.-]+|\[[0-9a-f:.]+\]"
 STATE_URL = "memory://|sqlite:///.+|rediss?://.+"
@@ -117,9 +110,9 @@ LIST = BeforeValidator(_items)
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Limit = Annotated[Rate | None, BeforeValidator(_rate)]
-Bearer = Annotated[SecretStr, AfterValidator(_bearer)]
+Bearer = Annotated[SecretStr, _matching(BEARER, "visible ASCII: no spaces, no line ends")]
 OptionalKey = Annotated[Bearer | None, Field(repr=False)]
-BaseUrl = Annotated[HttpUrl, AfterValidator(_base_url)]
+BaseUrl = Annotated[HttpUrl, _matching(BASE_URL, "a plain URL such as http://localhost:11434/v1")]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 Origin = Annotated[str, _matching(ORIGIN, "exact origins: https://app.example.com, never *")]
 Host = Annotated[str, _matching(HOST, "host names such as localhost or *.example.com")]

@@ -140,6 +140,7 @@ def test_settings_are_frozen_and_know_no_other_field() -> None:
         ("OPENAI_BASE_URL", "api.openai.com", "valid URL"),
         ("OPENAI_BASE_URL", "ftp://example.com/v1", "'http' or 'https'"),
         ("OPENAI_BASE_URL", "https://example.com/v1#x", "takes a plain URL such as http://"),
+        ("OPENAI_BASE_URL", "https://example.com/v1#", "takes a plain URL such as http://"),
         ("MAX_OUTPUT_TOKENS", "0", "takes a number greater than or equal to 1"),
         ("PORT", "65536", "takes a number less than or equal to 65535"),
         ("PORT", "-1", "takes a number greater than or equal to 0"),
