@@ -333,7 +333,8 @@ def _upstream(env: Mapping[str, str], name: str) -> Upstream:
 
 
 def _build(model: type[M], env: Mapping[str, str], prefix: str = "", **given: object) -> M:
-    """A model of what is given and, for its other fields, of the variables of their names."""
+    """A model of what is given and, for its other fields, of the variables of their names. What is
+    wrong with the first of them that can't be used is told in one line."""
     values: dict[str, Any] = {}
     for field, info in model.model_fields.items():
         name = prefix + field.upper()
@@ -342,20 +343,14 @@ def _build(model: type[M], env: Mapping[str, str], prefix: str = "", **given: ob
     try:
         return model(**values, **given)
     except ValidationError as error:
-        raise SettingsError(_one_line(error, model, values, prefix)) from None
-
-
-def _one_line(
-    error: ValidationError, model: type[BaseModel], values: Mapping[str, str], prefix: str
-) -> str:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"].removeprefix("Value error, ")
     message = re.sub("^Input should be (?=less|greater)", "takes a number ", message)
     message = re.sub("^Input should be", "takes", message)
     if not first["loc"]:
-        return message
+        raise SettingsError(message)
     field = str(first["loc"][0])
     name, got = prefix + field.upper(), values[field]
     # An address may hold a password, or a key in its query.
     secret = not model.model_fields[field].repr or re.search("[@?]", got)
-    return f"{name}: {message}" if secret else f"{name}={got!r}: {message}"
+    raise SettingsError(f"{name}: {message}" if secret else f"{name}={got!r}: {message}")
