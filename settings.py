@@ -9,12 +9,12 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from dotenv.parser import parse_stream
+from dotenv.parser import Binding, parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -52,7 +52,7 @@ class ApiKey(NamedTuple):
 
 def _items(text: str) -> tuple[str, ...]:
     """A list as it stands in the environment."""
-    return tuple(item for item in (part.strip() for part in text.split(",")) if item)
+    return tuple(item for part in text.split(",") if (item := part.strip()))
 
 
 def _rate(value: str) -> Rate | None:
@@ -269,14 +269,9 @@ def from_env(env: Mapping[str, str]) -> Settings:
 def read_env_file(path: Path) -> dict[str, str]:
     """The variables of an .env file, as they stand there; none where there is no file. Raises
     SettingsError, which holds nothing of a line: it may be a secret's."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            bindings = list(parse_stream(file))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise SettingsError(f"{path} can't be read: {reason}") from None
+    bindings: list[Binding] = []
+    with _reading(str(path)), suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
+        bindings += parse_stream(file)
     values = {}
     for key, value, (text, line), broken in bindings:
         if broken or (key is not None and value is None):
@@ -304,18 +299,24 @@ def _read(env: Mapping[str, str], name: str, *, secret: bool) -> str:
     """A variable's text, or that of the file that `NAME_FILE` names; "" where neither is set."""
     value = env.get(name, "").strip()
     # Python stands in lone surrogates for bytes of the environment that are no text.
-    if not value.isascii() and value != value.encode(errors="ignore").decode():
+    if value != value.encode(errors="ignore").decode():
         raise SettingsError(f"{name} is not text in UTF-8")
     path = env.get(f"{name}_FILE", "").strip() if secret else ""
     if not path:
         return value
     if value:
         raise SettingsError(f"{name} and {name}_FILE are both set: keep one")
-    try:
+    with _reading(f"{name}_FILE={path!r}"):
         return Path(path).read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise SettingsError(f"{name}_FILE={path!r} can't be read: {reason}") from None
+        raise SettingsError(f"{file} can't be read: {reason}") from None
 
 
 def _prefix(name: str) -> str:
