@@ -172,7 +172,7 @@ OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.I)
 
 
 def refusal(
-    status: int, body: Any, headers: Mapping[str, str] | None = None, now: float = 0.0
+    status: int, body: Any, headers: Mapping[str, str] = {}, now: float = 0.0
 ) -> errors.ServiceError:
     """The error that a provider's error response (or an error inside its stream, as `status` 500)
     is to our caller. `body` is its JSON, or None; `now` is in seconds since 1970, for dates in
@@ -191,7 +191,6 @@ def refusal(
     if status == 402 or QUOTA.search(words):
         problem = "The service's quota at the provider is used up. Its operator has to act."
         return errors.UpstreamUnavailable(problem, retryable=False)
-    headers = headers or {}
     wait = retry_after(headers, now)
     busy = status in (429, 503, 529) or bool(OVERLOADED.search(words))
     retryable = busy or status in (408, 409) or status >= 500
@@ -209,13 +208,12 @@ def refusal(
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """The seconds that a provider asks to wait, by `retry-after-ms`, else by `retry-after`, in
     seconds or as a date; None where it asks for nothing, or for more than a day."""
-    asked = headers.get("retry-after", "")
-    for text, read in (
-        (headers.get("retry-after-ms", ""), lambda text: float(text) / 1000),
-        (asked, float),
-        (asked, lambda text: parsedate_to_datetime(text).timestamp() - now),
+    for name, read in (
+        ("retry-after-ms", lambda text: float(text) / 1000),
+        ("retry-after", float),
+        ("retry-after", lambda text: parsedate_to_datetime(text).timestamp() - now),
     ):
         with suppress(ValueError, OverflowError):
-            if 0 < (seconds := read(text)) <= MAX_WAIT_SECONDS:
+            if 0 < (seconds := read(headers.get(name, ""))) <= MAX_WAIT_SECONDS:
                 return seconds
     return None
