@@ -77,9 +77,8 @@ def take(bucket: Bucket | None, rate: Rate, now: int) -> tuple[Bucket, Verdict]:
     bucket has a full one."""
     token = rate.seconds * MICROSECONDS
     full = rate.limit * token
-    shares = full
-    if bucket is not None:
-        shares = min(full, bucket.shares + max(0, now - bucket.at) * rate.limit)
+    bucket = bucket or Bucket(full, now)
+    shares = min(full, bucket.shares + max(0, now - bucket.at) * rate.limit)
     allowed = shares >= token
     if allowed:
         shares -= token
@@ -125,13 +124,11 @@ class Limiter:
 
     async def take(self, caller: Caller) -> Verdict:
         now = self._clock()
-        known = self.buckets.get(caller.owner)
-        if known is None:
+        bucket, verdict = take(self.buckets.get(caller.owner), self.rate, now)
+        if caller.owner not in self.buckets:
             self._make_room(now)
-        bucket, verdict = take(known, self.rate, now)
-        self.buckets[caller.owner] = bucket
-        if known is None:
             heapq.heappush(self._due, (full_at(bucket, self.rate), caller.owner))
+        self.buckets[caller.owner] = bucket
         return verdict
 
     def _make_room(self, now: int) -> None:
