@@ -108,8 +108,9 @@ class RateLimiter(Protocol):
 
 
 class Limiter:
-    """Buckets in this process. Full ones are forgotten; when `max_buckets` are in use
-    the fullest goes first, so memory is bounded however many addresses come."""
+    """Buckets in this process, by a clock of nanoseconds. Full ones are forgotten; when
+    `max_buckets` are in use the fullest goes first, so memory is bounded however many addresses
+    come."""
 
     def __init__(
         self, rate: Rate, clock: Callable[[], int], max_buckets: int = MAX_BUCKETS
@@ -123,7 +124,7 @@ class Limiter:
         self._due: list[tuple[int, str]] = []
 
     async def take(self, caller: Caller) -> Verdict:
-        now = self._clock()
+        now = self._clock() // 1000
         bucket, verdict = take(self.buckets.get(caller.owner), self.rate, now)
         if caller.owner not in self.buckets:
             self._make_room(now)

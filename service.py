@@ -331,11 +331,7 @@ def make_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionSt
         return shared_state(url, limited, ttl=ttl, max_chars=chars)
     path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
     store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
-    return {kind: Limiter(rate, _microseconds) for kind, rate in limited.items()}, store
-
-
-def _microseconds() -> int:
-    return time.monotonic_ns() // 1000
+    return {kind: Limiter(rate, time.monotonic_ns) for kind, rate in limited.items()}, store
 
 
 def create_app(

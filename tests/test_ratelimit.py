@@ -39,12 +39,12 @@ KEY, NEW_KEY = "key-of-0123456789abcdefghij", "new-of-0123456789abcdefghij"
 
 @dataclass
 class Clock:
-    """Stands at `now`, in microseconds, until a test moves it."""
+    """Stands at `now`, in microseconds, until a test moves it; tells it in nanoseconds."""
 
     now: int = 0
 
     def __call__(self) -> int:
-        return self.now
+        return self.now * 1000
 
 
 def in_bucket(bucket: Bucket, rate: Rate, now: int) -> int:
