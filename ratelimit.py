@@ -149,25 +149,23 @@ class Streams:
     def __init__(self, limit: int, limit_per_caller: int) -> None:
         self._limit = limit
         self._limit_per_caller = limit_per_caller
-        self._open: Counter[str] = Counter()
-        self.open = 0
+        # For each caller that has any, by its `owner`.
+        self.open: Counter[str] = Counter()
 
     @contextmanager
     def slot(self, caller: Caller) -> Iterator[None]:
         """Room for one answer while the block runs. Raises Overloaded or TooManyStreams."""
-        if self.open >= self._limit:
+        if self.open.total() >= self._limit:
             raise errors.Overloaded("All the answers that fit are being written.", retry_after=1)
         # A key stands for an application and its users, an address for one of them.
         allowed = self._limit_per_caller * (10 if caller.kind == "key" else 1)
-        if self._open[caller.owner] >= allowed:
+        if self.open[caller.owner] >= allowed:
             problem = f"You have {allowed} answers open, as many as you may. End one first."
             raise errors.TooManyStreams(problem, retry_after=1)
-        self.open += 1
-        self._open[caller.owner] += 1
+        self.open[caller.owner] += 1
         try:
             yield
         finally:
-            self.open -= 1
-            self._open[caller.owner] -= 1
-            if not self._open[caller.owner]:
-                del self._open[caller.owner]
+            self.open[caller.owner] -= 1
+            if not self.open[caller.owner]:
+                del self.open[caller.owner]

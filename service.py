@@ -344,7 +344,7 @@ def create_app(
     limiters, store = make_state(settings)
     streams = Streams(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics()
-    metrics.open_streams.set_function(lambda: streams.open)
+    metrics.open_streams.set_function(streams.open.total)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [

@@ -367,13 +367,13 @@ def test_a_caller_has_its_number_of_answers_open_and_a_key_ten_times_that(
     streams = Streams(limit=100, limit_per_caller=3)
     with ExitStack() as held:
         count, refused = open_until_refused(streams, caller, held)
-        assert (count, streams.open) == (most, most)
+        assert (count, streams.open.total()) == (most, most)
         assert isinstance(refused, TooManyStreams)
         assert refused.retry_after == 1
         assert str(most) in str(refused)
         with streams.slot(anonymous(2)):
-            assert streams.open == most + 1
-    assert streams.open == 0
+            assert streams.open.total() == most + 1
+    assert not streams.open
 
 
 def test_all_callers_together_have_the_servers_number_of_answers_open() -> None:
@@ -384,7 +384,7 @@ def test_all_callers_together_have_the_servers_number_of_answers_open() -> None:
         with pytest.raises(Overloaded) as refused, streams.slot(anonymous(3)):
             pass
         assert refused.value.retry_after == 1
-    assert streams.open == 0
+    assert not streams.open
 
 
 def test_a_slot_is_given_back_however_its_answer_ends() -> None:
@@ -392,9 +392,9 @@ def test_a_slot_is_given_back_however_its_answer_ends() -> None:
     for ending in (ValueError, asyncio.CancelledError, KeyboardInterrupt):
         with pytest.raises(ending), streams.slot(anonymous(1)):
             raise ending
-        assert streams.open == 0
+        assert not streams.open
     with streams.slot(anonymous(1)):
-        assert streams.open == 1
+        assert streams.open.total() == 1
 
 
 def test_a_refused_answer_holds_nothing() -> None:
@@ -403,9 +403,9 @@ def test_a_refused_answer_holds_nothing() -> None:
         for _ in range(5):
             with pytest.raises(TooManyStreams), streams.slot(anonymous(1)):
                 pass
-        assert streams.open == 1
+        assert streams.open.total() == 1
     with streams.slot(anonymous(1)):
-        assert streams.open == 1
+        assert streams.open.total() == 1
 
 
 # Over a socket
