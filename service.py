@@ -115,21 +115,19 @@ class Service:
 
     async def _admit(self, request: Request, record: telemetry.Record) -> Caller:
         """The caller, who had a token left; the answer's RateLimit headers say how many more."""
-        address = by_address(request.client.host if request.client else None)
         self._look_for_proxy(request)
         scheme, _, presented = request.headers.get("authorization", "").partition(" ")
         bearer = scheme.lower() == "bearer"
         key = find_key(presented.strip(), self.settings.api_keys) if bearer else None
         # A wrong key is charged to its address, or guessing would be free; a right one never is.
-        caller = key or address
+        caller = key or by_address(request.client.host if request.client else None)
         record.fields |= {"caller": key.name} if key else {}
         limiter = self.limiters.get(caller.kind)
         if limiter is not None:
             verdict = await limiter.take(caller)
             limit, seconds = limiter.rate
             record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
-            left = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
-            record.headers["RateLimit"] = left
+            record.headers["RateLimit"] = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
             if not verdict.allowed:
                 self.metrics.refused.labels(caller.kind).inc()
                 problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
@@ -266,8 +264,7 @@ class Service:
         return JSONResponse({"status": "ready"})
 
     async def show_metrics(self, request: Request) -> Response:
-        text = generate_latest(self.metrics.registry)
-        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _message(role: str, content: str, at: float, complete: bool = True) -> dict[str, object]:
