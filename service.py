@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +57,7 @@ CLOSING = (errors.BodyTooLarge, errors.RequestTimeout, errors.ShuttingDown)
 MAX_REFUSED_BYTES = 2**22
 
 
-@dataclass(frozen=True)
+@dataclass
 class Service:
     """What the routes need, put together by `create_app`."""
 
@@ -69,8 +69,8 @@ class Service:
     store: SessionStore
     metrics: telemetry.Metrics
     log: logging.Logger
-    # What was said once and need not be said again.
-    warned: list[str] = field(default_factory=list)
+    # Whether it was said that the users of an unknown proxy are one caller.
+    warned_of_proxy: bool = False
 
     # POST /api/v1/chat, in the order in which a request can be refused
 
@@ -141,9 +141,9 @@ class Service:
     def _look_for_proxy(self, request: Request) -> None:
         """Say once that all users of an unknown proxy are one caller."""
         local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
-        unknown = not (self.settings.forwarded_allow_ips or self.warned)
+        unknown = not (self.settings.forwarded_allow_ips or self.warned_of_proxy)
         if local and unknown and "x-forwarded-for" in request.headers:
-            self.warned.append("proxy")
+            self.warned_of_proxy = True
             self.log.warning(UNKNOWN_PROXY)
 
     async def _body(self, request: Request) -> bytes:
