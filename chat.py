@@ -8,7 +8,6 @@ tell how it ended.
 
 import asyncio
 import difflib
-import math
 import re
 import unicodedata
 from collections.abc import Awaitable, Callable
@@ -232,7 +231,7 @@ class EventStream:
         self._started = self._waiting_since = self._sent_at = self._now()
         # Two bare tasks and a timer: a task group costs 75 us, as much as a piece.
         listening = self._loop.create_task(self._listen(receive))
-        self._watch()
+        self._timer: asyncio.Handle = self._loop.call_soon(self._watch)
         try:
             with self._relaying:
                 await self._relay()
@@ -309,7 +308,10 @@ class EventStream:
         self.end_early("client_gone")
 
     def _watch(self) -> None:
-        """Do what is due, if anything is, and look again: at once, or when more may be."""
+        """Do what is due, if anything is, and look again, at once or when more may be: until the
+        end, from which on `_conclude` keeps its own deadlines."""
+        if self.end is not None:
+            return
         due, end = self._next()
         now = self._now()
         if now >= due:
@@ -329,8 +331,6 @@ class EventStream:
         """When something is due, and what: an early end, or a heartbeat (None). The time in which
         the client did not take what we sent is not the provider's; the client may make an answer
         last twice as long by it, no longer."""
-        if self.end is not None:
-            return math.inf, None
         limits, blocked = self.settings, self.blocked
         due: list[tuple[float, ServiceError | Departure | None]] = []
         if self._writing_since is not None:
