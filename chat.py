@@ -88,7 +88,8 @@ def _message(text: str, info: ValidationInfo) -> str:
     text = clean(text)
     if not _is_visible(text):
         raise ValueError("holds nothing to answer")
-    limit = info.context["max_message_chars"] if info.context else None
+    # Whoever validates says how long a message may be, if at all.
+    limit: int | None = info.context
     if limit is not None and len(text) > limit:
         raise ValueError(f"has {len(text)} characters, {limit} are allowed")
     return text
@@ -105,9 +106,8 @@ class ChatRequest(BaseModel, extra="forbid", frozen=True, strict=True):
 
 def parse_request(body: bytes, max_message_chars: int) -> ChatRequest:
     """Raises InvalidJSON or InvalidRequest."""
-    context = {"max_message_chars": max_message_chars}
     try:
-        return ChatRequest.model_validate_json(body, context=context)
+        return ChatRequest.model_validate_json(body, context=max_message_chars)
     except ValidationError as error:
         # The input would bring the caller's message into our answer.
         found = error.errors(include_url=False, include_context=False, include_input=False)
