@@ -77,7 +77,7 @@ class Service:
     async def chat(self, request: Request) -> ASGIApp:
         if self.drain.draining:
             raise shutting_down()
-        record = telemetry.record_of(request.scope)
+        record: telemetry.Record = request.state.record
         caller = await self._admit(request, record)
         with ExitStack() as held:
             held.enter_context(self.streams.slot(caller))
@@ -162,7 +162,7 @@ class Service:
                     body += part
                 elif received > MAX_REFUSED_BYTES:
                     break
-        telemetry.record_of(request.scope).waited = time.monotonic() - began
+        request.state.record.waited = time.monotonic() - began
         if received > limit:
             raise errors.BodyTooLarge(f"The body may have {limit} bytes.")
         if waiting.cancelled_caught and self.drain.draining:
@@ -234,7 +234,7 @@ class Service:
     # What a session remembers, and its end
 
     async def session(self, request: Request) -> Response:
-        record = telemetry.record_of(request.scope)
+        record: telemetry.Record = request.state.record
         caller = await self._admit(request, record)
         session_id: str = request.path_params["session_id"]
         record.fields["session"] = telemetry.short_hash(session_id)
@@ -278,7 +278,7 @@ def _rfc3339(seconds: float) -> str:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Any error, ours or Starlette's, as an answer."""
-    record = telemetry.record_of(request.scope)
+    record: telemetry.Record = request.state.record
     told = errors.as_told(error)
     record.headers["Cache-Control"] = "no-store"
     if isinstance(error, HTTPException) and error.headers:
@@ -302,7 +302,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
     """The client left while it sent its request: nobody reads this answer."""
-    record = telemetry.record_of(request.scope)
+    record: telemetry.Record = request.state.record
     record.outcome, record.waited = "client_gone", time.monotonic() - record.started
     return Response(status_code=400)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
@@ -38,7 +38,7 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 3
 
 @dataclass
 class Record:
-    """What is known of one request; the handler adds to it while it runs."""
+    """What is known of one request; the handler finds it in the request's state and adds to it."""
 
     request_id: str
     traceparent: str | None
@@ -54,11 +54,6 @@ class Record:
     waited: float = 0.0
     # More fields of the log line, in the order in which they became known.
     fields: dict[str, Any] = field(default_factory=dict)
-
-
-def record_of(scope: Scope) -> Record:
-    """The record of the request that `scope` belongs to."""
-    return cast(Record, scope["chat_sidecar.record"])  # ASGI scopes are untyped
 
 
 class Metrics:
@@ -103,7 +98,7 @@ class RequestContext:
         record = Record(request_id, traceparent, self.clock())
         # No browser may take an answer for something else than it says it is.
         record.headers |= {"X-Request-ID": request_id, "X-Content-Type-Options": "nosniff"}
-        scope["chat_sidecar.record"] = record
+        scope.setdefault("state", {})["record"] = record
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

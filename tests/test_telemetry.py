@@ -23,7 +23,6 @@ from telemetry import (
     Metrics,
     RequestContext,
     TextFormatter,
-    record_of,
     short_address,
     short_hash,
 )
@@ -248,7 +247,7 @@ async def test_a_traceparent_is_kept_as_it_came_or_not_at_all(traceparent: str, 
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(record_of(scope).traceparent)
+        seen.append(scope["state"]["record"].traceparent)
         await hello(scope, receive, send)
 
     handler, log = a_log()
@@ -263,7 +262,7 @@ async def test_a_traceparent_is_kept_as_it_came_or_not_at_all(traceparent: str, 
 
 async def test_a_line_tells_times_on_the_clock_it_was_given_and_what_the_handler_added() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        record = record_of(scope)
+        record = scope["state"]["record"]
         record.headers["X-More"] = "2"
         record.outcome = "as it ended"
         record.waited = 0.2
