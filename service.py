@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -185,12 +185,9 @@ class Service:
             raise errors.InvalidRequest(errors.FieldProblem(field="session_id", message=problem))
 
     def _messages(self, session: Session, message: str) -> list[Message]:
-        messages = []
+        messages = [{"role": role, "content": text} for role, text, *_ in said(session)]
         if self.settings.system_prompt:
-            messages.append({"role": "system", "content": self.settings.system_prompt})
-        for turn in session.turns:
-            messages.append({"role": "user", "content": turn.message})
-            messages.append({"role": "assistant", "content": turn.answer})
+            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
 
     def _report(self, record: telemetry.Record, call: Call, stream: EventStream) -> None:
@@ -243,10 +240,10 @@ class Service:
             await self.store.delete(caller.owner, session_id)
             return Response(status_code=204)
         session = await self.store.read(caller.owner, session_id)
-        messages = []
-        for turn in session.turns:
-            messages.append(_message("user", turn.message, turn.asked_at))
-            messages.append(_message("assistant", turn.answer, turn.answered_at, turn.complete))
+        messages = [
+            {"role": role, "content": text, "created_at": _rfc3339(at), "complete": complete}
+            for role, text, at, complete in said(session)
+        ]
         view = {
             "session_id": session.id,
             "created_at": _rfc3339(session.created_at),
@@ -267,8 +264,11 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _message(role: str, content: str, at: float, complete: bool = True) -> dict[str, object]:
-    return {"role": role, "content": content, "created_at": _rfc3339(at), "complete": complete}
+def said(session: Session) -> Iterator[tuple[str, str, float, bool]]:
+    """Who said what in a session, when, and whether that is all of it."""
+    for turn in session.turns:
+        yield "user", turn.message, turn.asked_at, True
+        yield "assistant", turn.answer, turn.answered_at, turn.complete
 
 
 def _rfc3339(seconds: float) -> str:
