@@ -168,8 +168,6 @@ class ErrorEvent(BaseModel):
 # A client that closed its connection, and one that keeps it open but takes nothing.
 Departure = Literal["client_gone", "client_stalled"]
 End = Completion | ServiceError | Departure
-# Told the text that was sent and how it ended, before the client is; raises what to tell instead.
-Settle = Callable[[str, End], Awaitable[None]]
 
 
 @dataclass
@@ -187,7 +185,9 @@ class EventStream:
     """
 
     source: Pieces
-    settle: Settle
+    # Told the text that was sent and how it ended, before the client is; raises what to tell
+    # instead.
+    settle: Callable[[str, End], Awaitable[None]]
     request_id: str
     session_id: str
     settings: Settings
