@@ -18,7 +18,6 @@ from pathlib import Path
 
 import anyio
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -297,7 +296,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(told, CLOSING):
         record.headers["Connection"] = "close"
     body = errors.ErrorBody(error=detail, id=record.request_id)
-    return Response(to_json(body), told.status, media_type="application/json")
+    return JSONResponse(body.model_dump(), told.status)
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
