@@ -200,18 +200,17 @@ class Service:
             record.defect = end.__cause__ or end
         # The stream asks a provider before it waits for anything, so there is one.
         last = call.attempts[-1]
-        if isinstance(end, errors.ServiceError) and not isinstance(end, errors.OurError):
+        if isinstance(end, errors.CallerError | errors.ProviderError):
             last.error, last.cause = end.code, end.cause
-        elif isinstance(end, errors.ServiceError) and end.cause:
+        elif isinstance(end, errors.OurError) and end.cause:
             record.fields["cause"] = end.cause
         provider, _, model = last.model.partition("/")
         # A glob lets callers make up names, which must not become labels.
         model = model if last.model in self.router.known else "other"
-        attempts = [vars(attempt) for attempt in call.attempts]
         for failed, following in pairwise(call.attempts):
             kind = "retry" if failed.model == following.model else "failover"
             self.metrics.again.labels(kind, failed.error).inc()
-        record.fields |= {"provider": provider, "attempts": attempts}
+        record.fields |= {"provider": provider, "attempts": list(map(vars, call.attempts))}
         self.metrics.pieces.labels(provider, model).inc(len(stream.pieces))
         if stream.first_piece_at is not None:
             seconds = max(0.0, stream.first_piece_at - record.started)
@@ -286,7 +285,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
     record.outcome = record.outcome or told.code
-    if told.cause and "attempts" not in record.fields:
+    if isinstance(told, errors.OurError) and told.cause:
         record.fields["cause"] = told.cause
     detail = told.detail()
     if detail.retry_after is not None:
