@@ -191,8 +191,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told = told_by(record)
         del told["time"]
-        moment = datetime.fromtimestamp(record.created).astimezone()
-        head = f"{moment:%H:%M:%S} {told.pop('level'):7} {json.dumps(told.pop('event'))[1:-1]}"
+        moment = self.formatTime(record, "%H:%M:%S")
+        head = f"{moment} {told.pop('level'):7} {json.dumps(told.pop('event'))[1:-1]}"
         trace = f"\n{told.pop('trace', '')}"
         fields = json.dumps(told, default=str, separators=(" ", "="))[1:-1]
         fields = UNNEEDED.sub(r"\1", fields)
