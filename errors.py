@@ -95,10 +95,10 @@ class ServiceError(Exception):
     def cause(self) -> str | None:
         """For the log: the class of what it came from in the end, such as ConnectionRefusedError.
         Not its text, which may quote anything."""
-        cause = self.__cause__
-        while cause is not None and cause.__cause__ is not None:
-            cause = cause.__cause__
-        return None if cause is None else type(cause).__name__
+        error: BaseException = self
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return None if error is self else type(error).__name__
 
     def detail(self) -> ErrorDetail:
         wait = None if self.retry_after is None else math.ceil(self.retry_after)
