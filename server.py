@@ -137,6 +137,11 @@ class Drain:
         self._ends: set[Callable[[ServiceError], None]] = set()
         self._changed = asyncio.Event()
 
+    def check(self) -> None:
+        """Raises ShuttingDown once the service is being stopped."""
+        if self.draining:
+            raise shutting_down()
+
     @contextmanager
     def under_way(self, end_early: Callable[[ServiceError], None]) -> Iterator[None]:
         """Held by whatever must not be cut without a word; `end_early` is the way to end it."""

@@ -33,7 +33,7 @@ import telemetry
 from chat import End, EventStream, parse_request
 from providers import Call, Completion, LLMProvider, Message, Router, answer, make_providers
 from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
-from server import Drain, Server, listen, probe, shutting_down
+from server import Drain, Server, listen, probe
 from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, read_env_file, unknown_variables
 
@@ -74,8 +74,7 @@ class Service:
     # POST /api/v1/chat, in the order in which a request can be refused
 
     async def chat(self, request: Request) -> ASGIApp:
-        if self.drain.draining:
-            raise shutting_down()
+        self.drain.check()
         record: telemetry.Record = request.state.record
         caller = await self._admit(request, record)
         with ExitStack() as held:
@@ -164,9 +163,8 @@ class Service:
         request.state.record.waited = time.monotonic() - began
         if received > limit:
             raise errors.BodyTooLarge(f"The body may have {limit} bytes.")
-        if waiting.cancelled_caught and self.drain.draining:
-            raise shutting_down()
         if waiting.cancelled_caught:
+            self.drain.check()
             raise errors.RequestTimeout(f"The body did not arrive within {seconds:g} s.")
         return bytes(body)
 
@@ -253,8 +251,7 @@ class Service:
     # The other routes
 
     async def readyz(self, request: Request) -> Response:
-        if self.drain.draining:
-            raise shutting_down()
+        self.drain.check()
         await self.store.check()
         return JSONResponse({"status": "ready"})
 
