@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -226,10 +226,9 @@ def probe(settings: Settings) -> str | None:
     connection = http.client.HTTPConnection(settings.host, settings.port, timeout=PROBE_SECONDS)
     allowed = settings.allowed_hosts[0].replace("*", "localhost")
     try:
-        connection.request("GET", "/readyz", headers={"Host": allowed})
-        status = connection.getresponse().status
+        with closing(connection):
+            connection.request("GET", "/readyz", headers={"Host": allowed})
+            status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
         return f"Nothing answers at {settings.host}:{settings.port}: {error}"
-    finally:
-        connection.close()
     return None if status == 200 else f"Not ready: {settings.host}:{settings.port} answers {status}"

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -354,11 +354,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
+        async with aclosing(store), anyio.create_task_group() as tasks:
             tasks.start_soon(keep_sweeping, store)
             yield
             tasks.cancel_scope.cancel()
-        await store.aclose()
         for provider in providers.values():
             await provider.aclose()
 
