@@ -365,7 +365,8 @@ def test_providers_are_configured_by_their_names_in_capitals_and_need_no_key() -
 
 
 @pytest.mark.parametrize(
-    "name", ["openai", "mock", "Groq", "local_llm", "1st", "-a", "a/b", "a" * 33, "a b"]
+    "name",
+    ["openai", "mock", "rate-limit", "Groq", "local_llm", "1st", "-a", "a/b", "a" * 33, "a b"],
 )
 def test_a_name_that_is_taken_or_makes_no_variable_is_no_provider(name: str) -> None:
     line = refusal({"PROVIDERS": f"groq,{name}", "GROQ_BASE_URL": "http://localhost"})
