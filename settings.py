@@ -326,7 +326,8 @@ def _prefix(name: str) -> str:
 def _upstream(env: Mapping[str, str], name: str) -> Upstream:
     prefix = _prefix(name)
     # Not RATE_LIMIT_API_KEY either: it is no secret, and a refusal of it would show the key.
-    if f"{prefix}_API_KEY" in variables() or not re.fullmatch("(?!mock$)[a-z][a-z0-9-]{,31}", name):
+    taken = name == "mock" or f"{prefix}_API_KEY" in variables()
+    if taken or not re.fullmatch("[a-z][a-z0-9-]{0,31}", name):
         takes = "takes names such as groq or local-llm; openai and mock need no entry"
         raise SettingsError(f"PROVIDERS: {name!r} is not usable: {takes}")
     if not _read(env, f"{prefix}_BASE_URL", secret=False):

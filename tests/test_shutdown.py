@@ -138,11 +138,19 @@ async def hello(request: Connection) -> None:
     await request.closed.wait()
 
 
-async def flood(request: Connection) -> None:
-    await request.stream()
+def flood(held_back: asyncio.Event) -> Script:
+    """More than all buffers together hold; the event tells that nothing more is taken."""
     part = b"".join(http_chunk(delta("x" * 100)) for _ in range(200))
-    while not request.closed.is_set():
-        await request.send(part)
+
+    async def script(request: Connection) -> None:
+        await request.stream()
+        while not request.closed.is_set():
+            sending = asyncio.ensure_future(request.send(part))
+            if (await asyncio.wait([sending], timeout=1))[1]:
+                held_back.set()
+            await sending
+
+    return script
 
 
 async def busy(request: Connection) -> None:
@@ -279,10 +287,11 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
 
 
 async def test_a_client_that_never_reads_is_cut_in_the_end(tmp_path: Path) -> None:
-    async with process(flood, tmp_path, DRAIN_SECONDS="0.3") as service:
+    held_back = asyncio.Event()
+    async with process(flood(held_back), tmp_path, DRAIN_SECONDS="0.3") as service:
         client = service.held(await small_client(service.url))
         client.writer.write(CHAT)
-        await service.upstream.request()
+        await held_back.wait()
         await service.stopping()
         await service.ended()
         [(text, complete)] = service.turns()
@@ -358,10 +367,11 @@ async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_path: Path) -> None:
-    async with process(flood, tmp_path, DRAIN_SECONDS="0.3") as service:
+    held_back = asyncio.Event()
+    async with process(flood(held_back), tmp_path, DRAIN_SECONDS="0.3") as service:
         client = service.held(await small_client(service.url))
         client.writer.write(CHAT)
-        await service.upstream.request()
+        await held_back.wait()
 
         async def trickle() -> None:
             while await client.reader.read(1):  # noqa: ASYNC110 - slowness is what is tried
