@@ -156,7 +156,7 @@ class Streams:
     def slot(self, caller: Caller) -> Iterator[None]:
         """Room for one answer while the block runs. Raises Overloaded or TooManyStreams."""
         if self.open.total() >= self._limit:
-            raise errors.Overloaded("All the answers that fit are being written.", retry_after=1)
+            raise errors.Overloaded("As many answers are open as fit. Try again.", retry_after=1)
         # A key stands for an application and its users, an address for one of them.
         allowed = self._limit_per_caller * (10 if caller.kind == "key" else 1)
         if self.open[caller.owner] >= allowed:

@@ -131,7 +131,7 @@ class Service:
                 problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
                 raise errors.RateLimited(problem, retry_after=verdict.wait)
         if bearer and key is None:
-            raise errors.InvalidAPIKey("This API key is unknown. Check it, or leave it out.")
+            raise errors.InvalidAPIKey("This API key is unknown. Check it with the operator.")
         if key is None and not self.settings.allow_anonymous:
             raise errors.InvalidAPIKey("A key is needed: send Authorization: Bearer KEY.")
         return caller

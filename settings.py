@@ -73,7 +73,8 @@ def _api_keys(value: str) -> tuple[ApiKey, ...]:
             raise ValueError("takes name:key,name:key with names of a-z, 0-9 and - (at most 32)")
         # 20 characters of hex are 80 bits: what is shorter can be guessed.
         if not re.fullmatch("[!-~]{20,}", key):
-            raise ValueError(f"key number {number} needs at least 20 visible ASCII characters")
+            problem = f"key number {number} needs at least 20 visible ASCII characters"
+            raise ValueError(f"takes name:key,name:key; {problem}")
         keys.append(ApiKey(name, hashlib.sha256(key.encode()).digest()))
     return tuple(keys)
 
@@ -292,7 +293,9 @@ def unknown_variables(file: Iterable[str], settings: Settings) -> Iterator[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{name} in .env is not a setting of this service{hint}"
+            provider = name.endswith(("_API_KEY", "_BASE_URL"))
+            unless = " unless PROVIDERS names its provider" if provider else ""
+            yield f"{name} in .env is not a setting of this service{unless}{hint}"
 
 
 def _read(env: Mapping[str, str], name: str, *, secret: bool) -> str:

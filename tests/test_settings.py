@@ -425,6 +425,7 @@ def test_a_default_provider_that_is_not_configured_is_refused(
         ("RATELIMIT", "; did you mean RATE_LIMIT?"),
         ("OPENAI_API_KEY_FIEL", "; did you mean OPENAI_API_KEY_FILE?"),
         ("GROQ_BASEURL", "; did you mean GROQ_BASE_URL?"),
+        ("GROC_API_KEY", " unless PROVIDERS names its provider; did you mean GROQ_API_KEY?"),
         ("XYZZY", ""),
         ("port", ""),
     ],
