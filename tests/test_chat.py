@@ -895,6 +895,13 @@ async def test_the_first_ending_counts() -> None:
     assert [event for event in stage.events if "status" in event] == stage.events[-1:]
 
 
+async def test_a_client_that_is_cut_has_stalled_even_if_it_leaves_then() -> None:
+    stream = Stage(1000.0).stream
+    stream.end_early("client_stalled")
+    stream.end_early("client_gone")
+    assert (stream.end, stream.outcome) == ("client_stalled", "client_stalled")
+
+
 async def test_an_ending_that_comes_before_the_stream_finds_the_provider_asked() -> None:
     stage = Stage(1000.0)
     stage.stream.end_early(Overloaded("It is over."))

@@ -211,6 +211,26 @@ async def test_a_conversation_that_is_left_while_it_is_fetched_does_not_return(
     assert await tab.page.locator(".user .text").all_inner_texts() == ["Hello again"]
 
 
+async def test_a_conversation_that_is_left_before_it_is_fetched_is_not_asked_for(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    provider = await upstream(so_far)
+    app = await service(**openai(provider.url))
+    tab = await browse(app.url)
+    await tab.say("Hello")
+    await tab.page.locator(".text p", has_text="So far").wait_for()
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    await tab.page.clock.install(time=0)
+    await tab.page.clock.pause_at(1)
+    await tab.page.reload()
+    await tab.page.click("#new")
+    await tab.page.clock.fast_forward(10_000)
+    await tab.page.evaluate("fetch('healthz')")
+    assert asked[-1].endswith("/healthz")
+    assert not [url for url in asked if "/sessions/" in url]
+
+
 async def test_what_is_deleted_is_gone(service: StartService, browse: Browse) -> None:
     app = await service()
     tab = await browse(app.url)
