@@ -138,6 +138,10 @@ async def hello(request: Connection) -> None:
     await request.closed.wait()
 
 
+# With no other deadline that would end a client that takes too little.
+CUT_ALONE = {"DRAIN_SECONDS": "0.3", "WRITE_TIMEOUT_SECONDS": "3600"}
+
+
 def flood(held_back: asyncio.Event) -> Script:
     """More than all buffers together hold; the event tells that nothing more is taken."""
     part = b"".join(http_chunk(delta("x" * 100)) for _ in range(200))
@@ -288,7 +292,7 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
 
 async def test_a_client_that_never_reads_is_cut_in_the_end(tmp_path: Path) -> None:
     held_back = asyncio.Event()
-    async with process(flood(held_back), tmp_path, DRAIN_SECONDS="0.3") as service:
+    async with process(flood(held_back), tmp_path, **CUT_ALONE) as service:
         client = service.held(await small_client(service.url))
         client.writer.write(CHAT)
         await held_back.wait()
@@ -368,7 +372,7 @@ async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_path: Path) -> None:
     held_back = asyncio.Event()
-    async with process(flood(held_back), tmp_path, DRAIN_SECONDS="0.3") as service:
+    async with process(flood(held_back), tmp_path, **CUT_ALONE) as service:
         client = service.held(await small_client(service.url))
         client.writer.write(CHAT)
         await held_back.wait()
