@@ -1,38 +1,12 @@
-"""Every way a request can fail: whose fault it is, its status, its code, whether to try again.
+"""The errors a request can end with, and the HTTP status, code and retry advice of each.
 
-    ServiceError
-    ├── CallerError                     the request has to change
-    │   ├── InvalidJSON            400
-    │   ├── InvalidAPIKey          401
-    │   ├── NotFound               404
-    │   ├── SessionNotFound        404  or not the caller's: the two look alike
-    │   ├── MethodNotAllowed       405
-    │   ├── RequestTimeout         408
-    │   ├── SessionBusy            409
-    │   ├── BodyTooLarge           413
-    │   ├── UnsupportedMediaType   415
-    │   ├── InvalidRequest         422  names the fields
-    │   ├── ContextTooLong         422  as the provider says
-    │   ├── ContentRefused         422  as the provider says
-    │   ├── RateLimited            429
-    │   └── TooManyStreams         429
-    ├── ProviderError                   the provider, or the way to it
-    │   ├── UpstreamError          502
-    │   ├── UpstreamIncomplete     502
-    │   ├── UpstreamUnavailable    503
-    │   └── UpstreamTimeout        504
-    └── OurError                        this service
-        ├── InternalError          500
-        ├── Overloaded             503
-        ├── ShuttingDown           503
-        └── StateUnavailable       503
-
-An error's message is for the caller and says what to change. It never holds a provider's text, a
-key, or the caller's own message.
+A message is for the caller: it says what is wrong and what to do. It never contains a provider's
+error text, a key, or the caller's own message.
 """
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -47,6 +21,44 @@ Code = Literal[
 # fmt: on
 
 
+class ErrorKind(NamedTuple):
+    """What all errors of one code have in common. `caused_by` says who can fix it."""
+
+    status: int
+    retryable: bool
+    caused_by: Literal["caller", "provider", "service"]
+
+
+KINDS: dict[Code, ErrorKind] = {
+    # The caller has to change the request. The provider decides context_too_long and
+    # content_refused. session_not_found includes sessions of other callers.
+    "invalid_json": ErrorKind(400, False, "caller"),
+    "invalid_api_key": ErrorKind(401, False, "caller"),
+    "not_found": ErrorKind(404, False, "caller"),
+    "session_not_found": ErrorKind(404, False, "caller"),
+    "method_not_allowed": ErrorKind(405, False, "caller"),
+    "request_timeout": ErrorKind(408, True, "caller"),
+    "session_busy": ErrorKind(409, True, "caller"),
+    "body_too_large": ErrorKind(413, False, "caller"),
+    "unsupported_media_type": ErrorKind(415, False, "caller"),
+    "invalid_request": ErrorKind(422, False, "caller"),
+    "context_too_long": ErrorKind(422, False, "caller"),
+    "content_refused": ErrorKind(422, False, "caller"),
+    "rate_limited": ErrorKind(429, True, "caller"),
+    "too_many_streams": ErrorKind(429, True, "caller"),
+    # The provider failed, or the network on the way to it.
+    "upstream_error": ErrorKind(502, False, "provider"),
+    "upstream_incomplete": ErrorKind(502, True, "provider"),
+    "upstream_unavailable": ErrorKind(503, True, "provider"),
+    "upstream_timeout": ErrorKind(504, True, "provider"),
+    # This service failed, or is at a limit of its own.
+    "internal_error": ErrorKind(500, False, "service"),
+    "overloaded": ErrorKind(503, True, "service"),
+    "shutting_down": ErrorKind(503, True, "service"),
+    "state_unavailable": ErrorKind(503, True, "service"),
+}
+
+
 class FieldProblem(BaseModel):
     """What is wrong with one field of the request."""
 
@@ -55,7 +67,7 @@ class FieldProblem(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """`retry_after` is in seconds."""
+    """An error as clients see it. `retry_after` is in seconds."""
 
     code: Code
     message: str
@@ -64,37 +76,47 @@ class ErrorDetail(BaseModel):
 
 
 class InvalidRequestDetail(ErrorDetail):
-    """What invalid_request adds: at most ten fields."""
+    """The detail of invalid_request, which also names at most ten invalid fields."""
 
     fields: list[FieldProblem]
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error; `id` is the request id."""
+    """The body of every error response. `id` is the request id."""
 
     error: InvalidRequestDetail | ErrorDetail
     id: str
 
 
 class ServiceError(Exception):
-    """Base of all; only its leaves are raised. `retry_after` is in seconds; told rounded up."""
+    """An error that is reported to the caller.
 
-    status: ClassVar[int]
-    code: ClassVar[Code]
-    retryable: bool = False
+    `retryable` overrides the advice of the code. `retry_after` is in seconds and is reported
+    rounded up. `fields` are the invalid fields of an invalid_request.
+    """
 
     def __init__(
-        self, message: str, *, retryable: bool | None = None, retry_after: float | None = None
+        self,
+        code: Code,
+        message: str,
+        *,
+        retryable: bool | None = None,
+        retry_after: float | None = None,
+        fields: Sequence[FieldProblem] = (),
     ) -> None:
         super().__init__(message)
+        self.code = code
+        self.status, default, self.caused_by = KINDS[code]
+        self.retryable = default if retryable is None else retryable
         self.retry_after = retry_after
-        if retryable is not None:
-            self.retryable = retryable
+        self.fields = list(fields)
 
     @property
     def cause(self) -> str | None:
-        """For the log: the class of what it came from in the end, such as ConnectionRefusedError.
-        Not its text, which may quote anything."""
+        """The class name of the exception that caused this one, for the log.
+
+        The name only: the text of an exception may quote a request or a key.
+        """
         error: BaseException = self
         while error.__cause__ is not None:
             error = error.__cause__
@@ -102,122 +124,25 @@ class ServiceError(Exception):
 
     def detail(self) -> ErrorDetail:
         wait = None if self.retry_after is None else math.ceil(self.retry_after)
-        return ErrorDetail(
+        detail = ErrorDetail(
             code=self.code, message=str(self), retryable=self.retryable, retry_after=wait
         )
+        if not self.fields:
+            return detail
+        return InvalidRequestDetail(**detail.model_dump(), fields=self.fields)
 
 
-class CallerError(ServiceError):
-    """The request has to change."""
+def invalid_request(*problems: FieldProblem) -> ServiceError:
+    """Return the error for a request with these invalid fields."""
+    message = "; ".join(f"{problem.field} {problem.message}" for problem in problems)
+    return ServiceError("invalid_request", message, fields=problems)
 
 
-class InvalidJSON(CallerError):
-    status, code = 400, "invalid_json"
-
-
-class InvalidAPIKey(CallerError):
-    status, code = 401, "invalid_api_key"
-
-
-class NotFound(CallerError):
-    status, code = 404, "not_found"
-
-
-class SessionNotFound(CallerError):
-    status, code = 404, "session_not_found"
-
-
-class MethodNotAllowed(CallerError):
-    status, code = 405, "method_not_allowed"
-
-
-class RequestTimeout(CallerError):
-    status, code, retryable = 408, "request_timeout", True
-
-
-class SessionBusy(CallerError):
-    status, code, retryable = 409, "session_busy", True
-
-
-class BodyTooLarge(CallerError):
-    status, code = 413, "body_too_large"
-
-
-class UnsupportedMediaType(CallerError):
-    status, code = 415, "unsupported_media_type"
-
-
-class InvalidRequest(CallerError):
-    status, code = 422, "invalid_request"
-
-    def __init__(self, *problems: FieldProblem) -> None:
-        super().__init__("; ".join(f"{problem.field} {problem.message}" for problem in problems))
-        self.problems = list(problems)
-
-    def detail(self) -> InvalidRequestDetail:
-        return InvalidRequestDetail(**super().detail().model_dump(), fields=self.problems)
-
-
-class ContextTooLong(CallerError):
-    status, code = 422, "context_too_long"
-
-
-class ContentRefused(CallerError):
-    status, code = 422, "content_refused"
-
-
-class RateLimited(CallerError):
-    status, code, retryable = 429, "rate_limited", True
-
-
-class TooManyStreams(CallerError):
-    status, code, retryable = 429, "too_many_streams", True
-
-
-class ProviderError(ServiceError):
-    """The provider failed, or the way to it."""
-
-
-class UpstreamError(ProviderError):
-    status, code = 502, "upstream_error"
-
-
-class UpstreamIncomplete(ProviderError):
-    status, code, retryable = 502, "upstream_incomplete", True
-
-
-class UpstreamUnavailable(ProviderError):
-    status, code, retryable = 503, "upstream_unavailable", True
-
-
-class UpstreamTimeout(ProviderError):
-    status, code, retryable = 504, "upstream_timeout", True
-
-
-class OurError(ServiceError):
-    """This service failed, or takes no more now."""
-
-
-class InternalError(OurError):
-    status, code = 500, "internal_error"
-
-
-class Overloaded(OurError):
-    status, code, retryable = 503, "overloaded", True
-
-
-class ShuttingDown(OurError):
-    status, code, retryable = 503, "shutting_down", True
-
-
-class StateUnavailable(OurError):
-    status, code, retryable = 503, "state_unavailable", True
-
-
-def as_told(error: Exception) -> ServiceError:
-    """`error` as a caller may be told of it: as it is if it is one of these, else as a defect."""
+def to_service_error(error: Exception) -> ServiceError:
+    """Return `error` itself if it is a ServiceError, otherwise an internal_error caused by it."""
     if isinstance(error, ServiceError):
         return error
-    defect = InternalError("The service failed. Report the request id to its operator.")
-    defect.__cause__ = error
-    return defect
+    problem = "The service failed unexpectedly. Report the request id to its operator."
+    internal = ServiceError("internal_error", problem)
+    internal.__cause__ = error
+    return internal

@@ -1,4 +1,4 @@
-"""From a model's name to pieces of text: the providers, the router among them, retries, failover.
+"""From a model's name to chunks of text: the providers, the router among them, retries, failover.
 
 Only `OpenAIProvider` does network I/O; its failures, and those of the HTTP client below it, become
 ours here and nowhere else. Nothing here knows callers, limits, sessions, or how an answer is sent.
@@ -26,8 +26,9 @@ from pydantic import HttpUrl
 from pydantic_core import from_json, to_json
 
 import errors
-from settings import Settings, SettingsError, Upstream
-from wire import Batch, ChunkReader, refusal
+from errors import FieldProblem, ServiceError
+from openai_stream import Chunks, CompletionParser, classify_error
+from settings import ProviderSettings, Settings, SettingsError
 
 # An error's JSON is a few hundred bytes, a proxy's HTML page a few thousand.
 MAX_ERROR_BYTES = 2**16
@@ -54,7 +55,7 @@ class Completion:
     usage: dict[str, Any] | None
 
 
-Pieces = AsyncGenerator[Batch | Completion, None]
+ChunkStream = AsyncGenerator[Chunks | Completion, None]
 
 
 @dataclass
@@ -90,10 +91,10 @@ class LLMProvider(ABC):
     name: str
 
     @abstractmethod
-    def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
-        """The answer: batches of pieces as they arrive, then one Completion.
+    def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
+        """The answer: batches of chunks as they arrive, then one Completion.
 
-        Ends with a Completion or raises a ServiceError, the pieces that came before it yielded.
+        Ends with a Completion or raises a ServiceError, the chunks that came before it yielded.
         Closing the generator, or cancelling it, closes the connection behind it. What came of the
         request is noted in the last of `call.attempts`.
         """
@@ -105,17 +106,17 @@ class LLMProvider(ABC):
 class OpenAIProvider(LLMProvider):
     """OpenAI's REST API, or a server that speaks it, at `{base_url}/chat/completions`."""
 
-    def __init__(self, upstream: Upstream, settings: Settings) -> None:
-        self.name = upstream.name
-        self._url = httpx.URL(str(upstream.base_url).rstrip("/") + "/chat/completions")
+    def __init__(self, provider: ProviderSettings, settings: Settings) -> None:
+        self.name = provider.name
+        self._url = httpx.URL(str(provider.base_url).rstrip("/") + "/chat/completions")
         # A compressed answer would have to be unpacked, and 50 KB can unpack to 50 MB.
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "text/event-stream",
             "Accept-Encoding": "identity",
         }
-        if upstream.api_key is not None:
-            self._headers["Authorization"] = f"Bearer {upstream.api_key.get_secret_value()}"
+        if provider.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {provider.api_key.get_secret_value()}"
         # Nothing that is not configured: reasoning models and small servers refuse unknown fields.
         self._options: dict[str, object] = {
             "stream": True,
@@ -123,19 +124,19 @@ class OpenAIProvider(LLMProvider):
         }
         if settings.max_output_tokens is not None:
             # OpenAI's reasoning models refuse the old name, most other servers know no other.
-            openai = upstream.base_url.host == "api.openai.com"
+            openai = provider.base_url.host == "api.openai.com"
             limit = "max_completion_tokens" if openai else "max_tokens"
             self._options[limit] = settings.max_output_tokens
-        # Before the gap between two pieces would count as too long.
+        # Before the gap between two chunks would count as too long.
         self._finish_seconds = min(FINISH_SECONDS, settings.idle_timeout_seconds / 2)
-        # Every other limit in time is the caller's, and is kept by whoever waits for the pieces.
+        # Every other limit in time is the caller's, and is kept by whoever waits for the chunks.
         self._extensions = {"timeout": {"connect": settings.connect_timeout_seconds}}
-        self._transport = http_transport(self._url, settings)
+        self._transport = create_transport(self._url, settings)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
+    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
         body = to_json({"model": model, "messages": messages, **self._options})
         request = httpx.Request(
             "POST",
@@ -146,8 +147,8 @@ class OpenAIProvider(LLMProvider):
             extensions=self._extensions,
         )
         request.read()
-        reader = ChunkReader()
-        with upstream_errors():
+        reader = CompletionParser()
+        with translate_http_errors():
             response = await self._transport.handle_async_request(request)
             try:
                 attempt = call.attempts[-1]
@@ -165,12 +166,14 @@ class OpenAIProvider(LLMProvider):
         if reader.error:
             raise reader.error
         if not (reader.done or reader.finish_reason):
-            raise errors.UpstreamIncomplete("The provider broke off its answer. Try again.")
+            raise ServiceError(
+                "upstream_incomplete", "The provider broke off its answer. Try again."
+            )
         yield Completion(reader.model or model, reader.finish_reason, reader.usage)
 
     async def _read(
-        self, response: httpx.Response, reader: ChunkReader
-    ) -> AsyncGenerator[Batch, None]:
+        self, response: httpx.Response, reader: CompletionParser
+    ) -> AsyncGenerator[Chunks, None]:
         """The batches of a response, until the reader has all that matters or the body ends."""
         reads = _reads(response)
         async for data in reads:
@@ -205,7 +208,7 @@ async def _check(response: httpx.Response) -> None:
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     answered = response.status_code == 200
     if answered and response.headers.get("content-encoding", "identity").lower() != "identity":
-        raise errors.UpstreamError("The provider sent a compressed answer, unasked.")
+        raise ServiceError("upstream_error", "The provider sent a compressed answer, unasked.")
     if answered and media_type not in ("application/json", "text/html"):
         return
     body = bytearray()
@@ -213,17 +216,19 @@ async def _check(response: httpx.Response) -> None:
         body += data
         if len(body) > MAX_ERROR_BYTES:
             break
-    told = None
+    body_json = None
     with suppress(ValueError):
-        told = from_json(bytes(body))
-    if answered and not (isinstance(told, dict) and told.get("error")):
-        raise errors.UpstreamError("The provider answered with something other than a stream.")
+        body_json = from_json(bytes(body))
+    if answered and not (isinstance(body_json, dict) and body_json.get("error")):
+        raise ServiceError(
+            "upstream_error", "The provider answered with something other than a stream."
+        )
     status = 500 if answered else response.status_code
-    raise refusal(status, told, response.headers, time.time())
+    raise classify_error(status, body_json, response.headers, time.time())
 
 
 @contextmanager
-def upstream_errors() -> Iterator[None]:
+def translate_http_errors() -> Iterator[None]:
     """The HTTP client's errors as ours. httpx-aiohttp maps loosely (a server that hangs up is a
     ConnectTimeout) and lets some of aiohttp's own errors through, so only a cause that is a real
     timeout counts as one."""
@@ -231,9 +236,11 @@ def upstream_errors() -> Iterator[None]:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, UnicodeError) as error:
         if isinstance(error.__cause__ or error, TimeoutError):
-            raise errors.UpstreamTimeout("The provider could not be reached in time.") from error
+            raise ServiceError(
+                "upstream_timeout", "The provider could not be reached in time."
+            ) from error
         problem = "The connection to the provider failed. Try again."
-        raise errors.UpstreamError(problem, retryable=True) from error
+        raise ServiceError("upstream_error", problem, retryable=True) from error
 
 
 class Response(aiohttp.ClientResponse):
@@ -246,7 +253,7 @@ class Response(aiohttp.ClientResponse):
         return self
 
 
-def http_transport(target: httpx.URL, settings: Settings) -> httpx.AsyncBaseTransport:
+def create_transport(target: httpx.URL, settings: Settings) -> httpx.AsyncBaseTransport:
     """The way to one provider: a connection for each stream, and the proxy that HTTPS_PROXY and
     NO_PROXY name.
 
@@ -290,24 +297,26 @@ class MockProvider(LLMProvider):
               "rate-limited", "empty", "unicode")
     # fmt: on
 
-    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
+    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
         if model == "hang":
             await anyio.sleep_forever()
         if model == "error":
-            raise errors.UpstreamError("mock/error always fails.", retryable=True)
+            raise ServiceError("upstream_error", "mock/error always fails.", retryable=True)
         if model == "rate-limited":
-            raise errors.UpstreamUnavailable("mock/rate-limited is always busy.", retry_after=2)
-        pieces = _mock_pieces(model, messages[-1]["content"])
-        for piece in pieces:
+            raise ServiceError(
+                "upstream_unavailable", "mock/rate-limited is always busy.", retry_after=2
+            )
+        chunks = _mock_chunks(model, messages[-1]["content"])
+        for chunk in chunks:
             # Let others run: a provider that never waits would hold the whole process.
             await anyio.sleep(0.5 if model == "slow" else 0)
-            yield [piece]
+            yield [chunk]
         if model == "error-midstream":
-            raise errors.UpstreamError("mock/error-midstream fails here.", retryable=True)
+            raise ServiceError("upstream_error", "mock/error-midstream fails here.", retryable=True)
         if model == "truncated":
-            raise errors.UpstreamIncomplete("mock/truncated breaks off here.")
-        asked = sum(len(message["content"].split()) for message in messages)
-        usage = {"prompt_tokens": asked, "completion_tokens": len(pieces)}
+            raise ServiceError("upstream_incomplete", "mock/truncated breaks off here.")
+        prompt_tokens = sum(len(message["content"].split()) for message in messages)
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(chunks)}
         yield Completion(f"mock/{model}", "stop", {**usage, "total_tokens": sum(usage.values())})
 
 
@@ -315,7 +324,7 @@ NO_MODEL = "This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one
 LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit")
 
 
-def _mock_pieces(model: str, message: str) -> Batch:
+def _mock_chunks(model: str, message: str) -> Chunks:
     if model == "empty":
         return []
     if model == "unicode":
@@ -326,7 +335,7 @@ def _mock_pieces(model: str, message: str) -> Batch:
         count = model.removeprefix("lorem-")
         if not re.fullmatch("[1-9][0-9]{0,3}|10000", count):
             problem = "mock/lorem-N takes an N from 1 to 10000"
-            raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
+            raise errors.invalid_request(FieldProblem(field="model_id", message=problem))
         return [f"{LOREM[i % len(LOREM)]} " for i in range(int(count))]
     return re.findall(r"\s*\S+", f"{NO_MODEL} You said: {message}")
 
@@ -349,8 +358,8 @@ class Router:
         self._providers = providers
         self._default = providers[settings.default_provider_name]
         self.default_model = settings.default_model
-        rehearsals = ("mock/*",) if self._default.name == "mock" else ()
-        allowed = settings.models or (settings.default_model, *rehearsals)
+        mock_models = ("mock/*",) if self._default.name == "mock" else ()
+        allowed = settings.models or (settings.default_model, *mock_models)
         # As they were set, and in full.
         self._patterns = {pattern: self._target(pattern).name for pattern in allowed}
         self._fallbacks = [self._target(model) for model in settings.fallback_models]
@@ -380,31 +389,31 @@ class Router:
         return list(dict.fromkeys(names))
 
     def resolve(self, model_id: str | None) -> list[Target]:
-        """The model's target, and those to try when it fails before its first piece. Raises
+        """The model's target, and those to try when it fails before its first chunk. Raises
         InvalidRequest, with the models that are allowed, for one that is not."""
         target = self._target(self.default_model if model_id is None else model_id)
         if not self._allows(target):
             problem = f"is not a model of this service; it has {', '.join(self.models)}"
-            raise errors.InvalidRequest(errors.FieldProblem(field="model_id", message=problem))
+            raise errors.invalid_request(FieldProblem(field="model_id", message=problem))
         # A mock's failure is a rehearsal: it has to be seen.
         fallbacks = [] if target.provider.name == "mock" else self._fallbacks
         return list(dict.fromkeys([target, *fallbacks]))
 
 
-def make_providers(settings: Settings) -> dict[str, LLMProvider]:
+def create_providers(settings: Settings) -> dict[str, LLMProvider]:
     """Every provider that the settings name, and the mock."""
-    real = [OpenAIProvider(upstream, settings) for upstream in settings.upstreams]
+    real = [OpenAIProvider(each, settings) for each in settings.configured_providers]
     return {provider.name: provider for provider in (MockProvider(), *real)}
 
 
-async def answer(
+async def complete(
     targets: Sequence[Target], messages: Sequence[Message], call: Call, settings: Settings
-) -> Pieces:
+) -> ChunkStream:
     """The answer of the first target that begins one within `first_token_timeout_seconds`.
 
-    A target that fails before its first piece gives way to the next at once; the last is tried
+    A target that fails before its first chunk gives way to the next at once; the last is tried
     again up to `max_retries` times, if its failure may pass and its wait fits into the time. With k
-    targets left behind it, an attempt gets 1/(k+1) of the time that remains. After the first piece
+    targets left behind it, an attempt gets 1/(k+1) of the time that remains. After the first chunk
     a failure is final: whoever reads has begun to read.
     """
     now = asyncio.get_running_loop().time
@@ -423,8 +432,10 @@ async def answer(
                 with anyio.move_on_after(left / (1 + max(0, -retries))) as waiting:
                     first = await anext(batches)
                 if waiting.cancelled_caught:
-                    raise errors.UpstreamTimeout("The model did not begin in time. Try again.")
-            except errors.ServiceError as error:
+                    raise ServiceError(
+                        "upstream_timeout", "The model did not begin in time. Try again."
+                    )
+            except ServiceError as error:
                 failure = error
             else:
                 yield first

@@ -19,9 +19,19 @@ from typing import Any
 import redis
 from pydantic_core import from_json, to_json
 
-import errors
-from ratelimit import MICROSECONDS, Caller, RateLimiter, Verdict, told
-from sessions import BUSY, ISSUED, LOST, UNAVAILABLE, Session, SessionStore, Turn, issue, kept
+from errors import ServiceError
+from ratelimit import MICROSECONDS, Caller, Decision, RateLimiter, decide
+from sessions import (
+    BUSY,
+    ISSUED_ID,
+    LOST,
+    UNAVAILABLE,
+    Session,
+    SessionStore,
+    Turn,
+    new_session,
+    trim_history,
+)
 from settings import Rate, SettingsError
 
 # For a trip, with the one before it and a new connection. A request makes two of them before its
@@ -87,7 +97,7 @@ return {{owner, began, ends, redis.call('LRANGE', KEYS[2], 0, -1)}}
 """
 
 # ARGV: the lock's token, "" for a session that is stored only now; the owner; the time to live;
-# and, with a turn, how many are kept, how long it took, and its JSON up to its times. The lock goes
+# and, with a turn, how many are trim_history, how long it took, and its JSON up to its times. The lock goes
 # first: whatever fails after it, the session is free.
 END = f"""{NOW}
 if ARGV[1] ~= '' then
@@ -143,16 +153,16 @@ end
 Question = tuple[str, Sequence[str], Sequence[str | bytes | int]]
 
 
-def shared_state(
+def open_redis_state(
     url: str, rates: Mapping[str, Rate], *, ttl: float, max_chars: int
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """A limiter for each rate, and the sessions, in the Redis at `url`. Raises SettingsError."""
-    server = Server(url)
-    limiters = {kind: RedisLimiter(server, rate) for kind, rate in rates.items()}
+    server = RedisClient(url)
+    limiters = {kind: RedisRateLimiter(server, rate) for kind, rate in rates.items()}
     return limiters, RedisStore(server, ttl=ttl, max_chars=max_chars)
 
 
-class Server:
+class RedisClient:
     """The Redis at `url`. Raises SettingsError if it does not answer now, or may forget what it was
     given.
 
@@ -181,7 +191,7 @@ class Server:
             raise SettingsError(f"STATE_URL: this Redis {problem}")
         self._thread = ThreadPoolExecutor(1, "redis")
 
-    async def ask(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
+    async def call(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
         """What the script returns, which is the script's to say, after one round trip. Raises
         StateUnavailable."""
         waiting = asyncio.get_running_loop().create_future()
@@ -190,7 +200,7 @@ class Server:
             self._sending = asyncio.create_task(self._send())
         reply = await waiting
         if isinstance(reply, Exception):
-            raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from reply
+            raise ServiceError("state_unavailable", UNAVAILABLE, retry_after=1) from reply
         return reply
 
     async def aclose(self) -> None:
@@ -229,13 +239,13 @@ class Server:
             return error
 
 
-class RedisLimiter:
+class RedisRateLimiter:
     """A bucket for each caller, of one rate, shared by all who use this Redis. Raises SettingsError
     for a rate that can't be counted there."""
 
-    def __init__(self, server: Server, rate: Rate) -> None:
+    def __init__(self, client: RedisClient, rate: Rate) -> None:
         self.rate = rate
-        self._server = server
+        self._client = client
         token = rate.seconds * MICROSECONDS
         # Shares that only ever come and go together are counted as one.
         self._together = math.gcd(token, rate.limit)
@@ -245,19 +255,19 @@ class RedisLimiter:
             raise SettingsError(f"RATE_LIMIT: Redis can't count {rough}; take a rounder number")
         self._sizes = (token, rate.limit * token, flow)
 
-    async def take(self, caller: Caller) -> Verdict:
+    async def take(self, caller: Caller) -> Decision:
         """One token of the caller's bucket. Raises StateUnavailable."""
         key = f"chat:bucket:{self.rate.limit}/{self.rate.seconds}:{caller.owner}"
-        allowed, shares = await self._server.ask(TAKE, [key], *self._sizes)
-        return told(bool(allowed), shares * self._together, self.rate)
+        allowed, shares = await self._client.call(TAKE, [key], *self._sizes)
+        return decide(bool(allowed), shares * self._together, self.rate)
 
 
 class RedisStore(SessionStore):
     """Sessions in Redis, which forgets them by itself when their time is over. Ids are stored as
     SHA-256, as in SQLite; times are Redis's."""
 
-    def __init__(self, server: Server, *, ttl: float, max_chars: int) -> None:
-        self._server = server
+    def __init__(self, client: RedisClient, *, ttl: float, max_chars: int) -> None:
+        self._client = client
         self._ttl = ttl
         self._max_chars = max_chars
         # The keys of the sessions whose answers run here, by their locks' tokens.
@@ -266,51 +276,53 @@ class RedisStore(SessionStore):
 
     async def open(self, owner: str, session_id: str | None) -> Session:
         if session_id is None:
-            return issue(owner, time.time(), self._ttl)
+            return new_session(owner, time.time(), self._ttl)
         token = secrets.token_urlsafe(16)
-        new = () if ISSUED.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
+        new = () if ISSUED_ID.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
         session = await self._find(owner, session_id, token, LEASE_MILLISECONDS, *new)
         self._held[token] = _keys(owner, session_id)
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._keep_renewing())
-        return session._replace(incarnation=token)
+        return session._replace(generation=token)
 
     async def end(self, session: Session, turn: Turn | None) -> None:
-        token = str(session.incarnation or "")
+        token = str(session.generation or "")
         self._held.pop(token, None)
         said: tuple[int, int, bytes] | tuple[()] = ()
         if turn is not None:
             text = to_json(turn[:3])[:-1]
-            count = len(kept([*session.turns, turn], self._max_chars))
-            took = max(0, round((turn.answered_at - turn.asked_at) * 1000))
+            count = len(trim_history([*session.turns, turn], self._max_chars))
+            took = max(0, round((turn.response_at - turn.message_at) * 1000))
             said = (count, took, text)
         keys, ttl = _keys(session.owner, session.id), math.ceil(self._ttl * 1000)
-        if await self._server.ask(END, keys, token, session.owner, ttl, *said) == b"lost":
-            raise errors.StateUnavailable(LOST)
+        if await self._client.call(END, keys, token, session.owner, ttl, *said) == b"lost":
+            raise ServiceError("state_unavailable", LOST)
 
     async def read(self, owner: str, session_id: str) -> Session:
         return await self._find(owner, session_id)
 
     async def delete(self, owner: str, session_id: str) -> None:
-        _refuse(await self._server.ask(DELETE, _keys(owner, session_id), owner))
+        _raise_if_rejected(await self._client.call(DELETE, _keys(owner, session_id), owner))
 
     async def sweep(self) -> None:
         """Redis does."""
 
     async def check(self) -> None:
-        await self._server.ask(RENEW, [], LEASE_MILLISECONDS)
+        await self._client.call(RENEW, [], LEASE_MILLISECONDS)
 
     async def aclose(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        await self._server.aclose()
+        await self._client.aclose()
 
     async def _find(self, owner: str, session_id: str, *lock: str | int) -> Session:
-        found = await self._server.ask(OPEN, _keys(owner, session_id), owner, *lock)
-        holder, began, ends, turns = _refuse(found)
+        found = await self._client.call(OPEN, _keys(owner, session_id), owner, *lock)
+        holder, began, ends, turns = _raise_if_rejected(found)
         history = [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))]
         times = int(began) / 1000, int(ends) / 1000
-        return Session(session_id, holder.decode(), None, *times, kept(history, self._max_chars))
+        return Session(
+            session_id, holder.decode(), None, *times, trim_history(history, self._max_chars)
+        )
 
     async def _keep_renewing(self) -> None:
         """The leases of all answers that run here, together, for as long as there are any."""
@@ -318,21 +330,21 @@ class RedisStore(SessionStore):
             await asyncio.sleep(LEASE_MILLISECONDS / 4000)
             keys = [key for keys in self._held.values() for key in keys]
             # One that could not be renewed now may be yet, until it is over.
-            with suppress(errors.StateUnavailable):
-                await self._server.ask(RENEW, keys, LEASE_MILLISECONDS, *self._held)
+            with suppress(ServiceError):
+                await self._client.call(RENEW, keys, LEASE_MILLISECONDS, *self._held)
 
 
 def _keys(owner: str, session_id: str) -> Sequence[str]:
     """Of the session, its turns and its lock. An id of one's own choice is its owner's alone."""
-    holder = "" if ISSUED.fullmatch(session_id) else owner
+    holder = "" if ISSUED_ID.fullmatch(session_id) else owner
     digest = hashlib.sha256(f"{holder} {session_id}".encode()).hexdigest()
     return [f"chat:{part}:{digest}" for part in ("session", "turns", "lock")]
 
 
-def _refuse(reply: Any) -> Any:
+def _raise_if_rejected(reply: Any) -> Any:
     """What a script returned, if it is not one of the two words for no."""
     if reply == b"unknown":
-        raise errors.SessionNotFound("There is no such session, or it is not yours.")
+        raise ServiceError("session_not_found", "There is no such session, or it is not yours.")
     if reply == b"busy":
-        raise errors.SessionBusy(BUSY, retry_after=1)
+        raise ServiceError("session_busy", BUSY, retry_after=1)
     return reply

@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from errors import ServiceError, ShuttingDown
+from errors import ServiceError
 from settings import Settings, SettingsError
 
 # The ASGI extension by which this server lends the way to cut a connection.
@@ -31,7 +31,7 @@ CUT_SECONDS = 3.0
 # Longer than the 60 s for which load balancers keep an idle connection.
 KEEP_ALIVE_SECONDS = 75
 # A head is a few kilobytes, cookies and all; h11 allows as much.
-MAX_UNTAKEN_BYTES = 2**16
+MAX_HEAD_BYTES = 2**16
 # Docker's and Kubernetes' probes have 30 s and 1 s unless told otherwise.
 PROBE_SECONDS = 2.0
 
@@ -54,7 +54,7 @@ def listen(settings: Settings) -> list[socket.socket]:
     return listeners
 
 
-def cut(transport: asyncio.Transport) -> None:
+def reset_connection(transport: asyncio.Transport) -> None:
     """Reset a connection. `close` would wait for the client to read, `abort` alone would leave the
     kernel megabytes to hold for one that does not (socket(7), SO_LINGER)."""
     linger = struct.pack("ii", 1, 0)
@@ -62,7 +62,7 @@ def cut(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-class Protocol(HttpToolsProtocol):
+class HTTPProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, one request at a time, with a way to cut a client that does not read.
 
     What is sent behind a request that is not yet answered is passed over, and the connection is
@@ -72,10 +72,10 @@ class Protocol(HttpToolsProtocol):
     # Between two requests, where what comes next is a head.
     _between = True
     # Bytes of a head, or of trailers, that have not ended yet.
-    _untaken = 0
+    _head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        if self._untaken > MAX_UNTAKEN_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             return
         # httptools leaves what follows a wish to upgrade to the new protocol, so the body of a POST
         # by Java's client or `curl --http2` would be lost. None is granted, so none is asked. Only
@@ -83,9 +83,9 @@ class Protocol(HttpToolsProtocol):
         head, end, rest = data.partition(b"\r\n\r\n")
         if self._between and end:
             data = UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
-        self._untaken += len(data)
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._untaken > MAX_UNTAKEN_BYTES and not self.transport.is_closing():
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of this request is too large.")
 
     def on_message_begin(self) -> None:
@@ -95,17 +95,17 @@ class Protocol(HttpToolsProtocol):
         super().on_message_begin()
         self._between = False
         # ASGI calls extensions dictionaries; this one is a function.
-        self.scope["extensions"] = {ABORT: cast(Any, partial(cut, self.transport))}
+        self.scope["extensions"] = {ABORT: cast(Any, partial(reset_connection, self.transport))}
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._untaken = 0
+        self._head_bytes = 0
         # What follows are trailers, which must not pass for headers (RFC 9110, 6.5.1).
         self.headers = []
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
-        self._untaken = 0
+        self._head_bytes = 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -116,16 +116,16 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         cycle = self.cycle
-        owed = cycle is not None and not cycle.response_complete
-        if owed and (cycle.response_started or not cycle.more_body):
+        response_pending = cycle is not None and not cycle.response_complete
+        if response_pending and (cycle.response_started or not cycle.more_body):
             # There is no place for another answer, before this one or in its middle.
             cycle.keep_alive = False
         else:
             super().send_400_response(msg)
 
 
-def shutting_down() -> ShuttingDown:
-    return ShuttingDown("The service is being stopped. Try again.", retry_after=1)
+def shutting_down() -> ServiceError:
+    return ServiceError("shutting_down", "The service is being stopped. Try again.", retry_after=1)
 
 
 class Drain:
@@ -143,23 +143,23 @@ class Drain:
             raise shutting_down()
 
     @contextmanager
-    def under_way(self, end_early: Callable[[ServiceError], None]) -> Iterator[None]:
-        """Held by whatever must not be cut without a word; `end_early` is the way to end it."""
-        self._ends.add(end_early)
+    def track(self, abort: Callable[[ServiceError], None]) -> Iterator[None]:
+        """Held by whatever must not be cut without a word; `abort` is the way to end it."""
+        self._ends.add(abort)
         if self._over:
-            end_early(shutting_down())
+            abort(shutting_down())
         try:
             yield
         finally:
-            self._ends.discard(end_early)
+            self._ends.discard(abort)
             self._changed.set()
 
-    def hurry(self) -> None:
+    def force(self) -> None:
         """End what is under way now."""
         self._over = True
         self._changed.set()
 
-    async def finish(self, seconds: float) -> None:
+    async def drain(self, seconds: float) -> None:
         """Return when nothing is under way, or when all that was has been told to end."""
         self.draining = True
         with anyio.move_on_after(seconds):
@@ -167,8 +167,8 @@ class Drain:
                 self._changed.clear()
                 await self._changed.wait()
         self._over = True
-        for end_early in list(self._ends):
-            end_early(shutting_down())
+        for abort in list(self._ends):
+            abort(shutting_down())
 
 
 class Server(uvicorn.Server):
@@ -177,7 +177,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, settings: Settings, log: logging.Logger, drain: Drain) -> None:
         config = uvicorn.Config(
             app,
-            http=Protocol,
+            http=HTTPProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -203,13 +203,13 @@ class Server(uvicorn.Server):
         """The first signal begins the end, a second one hurries it. uvicorn would remember them and
         end with the signal's status; this service ends with 0."""
         if self.should_exit and self.started:
-            self._loop.call_soon_threadsafe(self._drain.hurry)
+            self._loop.call_soon_threadsafe(self._drain.force)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # The listeners stay open until the answers have ended: a late request is told 503.
         self._log.info("Stopping")
-        await self._drain.finish(self._settings.drain_seconds)
+        await self._drain.drain(self._settings.drain_seconds)
         cutting = self._loop.call_later(CUT_SECONDS, self._cut)
         await super().shutdown(sockets)
         cutting.cancel()
@@ -217,7 +217,7 @@ class Server(uvicorn.Server):
 
     def _cut(self) -> None:
         for connection in list(self.server_state.connections):
-            cut(connection.transport)
+            reset_connection(connection.transport)
 
 
 def probe(settings: Settings) -> str | None:

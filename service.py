@@ -27,21 +27,36 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import errors
-import pages
 import telemetry
-from chat import End, EventStream, parse_request
-from providers import Call, Completion, LLMProvider, Message, Router, answer, make_providers
-from ratelimit import Caller, Limiter, RateLimiter, Streams, by_address, find_key
+from chat import parse_request
+from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
+from providers import Call, Completion, LLMProvider, Message, Router, complete, create_providers
+from ratelimit import (
+    Caller,
+    MemoryRateLimiter,
+    RateLimiter,
+    StreamLimiter,
+    anonymous_caller,
+    authenticate,
+)
 from server import Drain, Server, listen, probe
-from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variables
+from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
+from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from stream import End, EventStream
 
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
 ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
 UNKNOWN_PROXY = (
     "X-Forwarded-For comes from this machine and is not believed: all its users are one caller. If"
     " that is your proxy, set FORWARDED_ALLOW_IPS=127.0.0.1"
+)
+STATIC = Path(__file__).with_name("static")
+# Only the playground's own files may run or load, so nothing in a model's response can. Trusted
+# Types forbid its own script to create HTML from text (CSP 3 and Trusted Types, W3C).
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
 )
 ABOUT = "A chat backend: POST /api/v1/chat in, one event stream out."
 SEE = "Everything is set in the environment or in .env; .env.example names and explains it."
@@ -50,7 +65,7 @@ PROBE = "ask the service that runs with these settings whether it is ready, and 
 MAX_TOKENS = 2**31
 SWEEP_SECONDS = 60.0
 # What is still to come of a body is not read; the next request had better go to another replica.
-CLOSING = (errors.BodyTooLarge, errors.RequestTimeout, errors.ShuttingDown)
+CLOSING = ("body_too_large", "request_timeout", "shutting_down")
 # A refused body is read on for this much, so that a client that writes before it reads gets the
 # answer and not a reset connection.
 MAX_REFUSED_BYTES = 2**22
@@ -63,7 +78,7 @@ class Service:
     settings: Settings
     router: Router
     limiters: Mapping[str, RateLimiter]
-    streams: Streams
+    streams: StreamLimiter
     drain: Drain
     store: SessionStore
     metrics: telemetry.Metrics
@@ -78,33 +93,33 @@ class Service:
         record: telemetry.Record = request.state.record
         caller = await self._admit(request, record)
         with ExitStack() as held:
-            held.enter_context(self.streams.slot(caller))
+            held.enter_context(self.streams.acquire(caller))
             body = await self._body(request)
             chat = parse_request(body, self.settings.max_message_chars)
             targets = self.router.resolve(chat.model_id)
-            record.fields["model_asked"] = targets[0].name
+            record.fields["requested_model"] = targets[0].name
             if chat.session_id is not None:
-                self._refuse_shared_name(request, caller, chat.session_id)
+                self._reject_shared_session_id(request, caller, chat.session_id)
             session = await self.store.open(caller.owner, chat.session_id)
             record.fields["session"] = telemetry.short_hash(session.id)
             # From here on the answer holds slot and session, however it ends.
             slot = held.pop_all()
-        asked_at = time.time()
+        message_at = time.time()
 
-        async def settle(text: str, end: End) -> None:
+        async def on_finish(text: str, end: End) -> None:
             whole = isinstance(end, Completion)
             # Without text there is nothing to remember, and some providers refuse an empty answer.
-            turn = Turn(chat.message, text, whole, asked_at, time.time()) if text else None
+            turn = Turn(chat.message, text, whole, message_at, time.time()) if text else None
             with slot:
                 await self.store.end(session, turn)
 
         call = Call(record.request_id, record.traceparent)
-        pieces = answer(targets, self._messages(session, chat.message), call, self.settings)
-        stream = EventStream(pieces, settle, record.request_id, session.id, self.settings)
+        chunks = complete(targets, self._messages(session, chat.message), call, self.settings)
+        stream = EventStream(chunks, on_finish, record.request_id, session.id, self.settings)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             try:
-                with self.drain.under_way(stream.end_early):
+                with self.drain.track(stream.abort):
                     await stream(scope, receive, send)
             finally:
                 self._report(record, call, stream)
@@ -113,30 +128,38 @@ class Service:
 
     async def _admit(self, request: Request, record: telemetry.Record) -> Caller:
         """The caller, who had a token left; the answer's RateLimit headers say how many more."""
-        self._look_for_proxy(request)
+        self._warn_about_untrusted_proxy(request)
         scheme, _, presented = request.headers.get("authorization", "").partition(" ")
         bearer = scheme.lower() == "bearer"
-        key = find_key(presented.strip(), self.settings.api_keys) if bearer else None
+        key = authenticate(presented.strip(), self.settings.api_keys) if bearer else None
         # A wrong key is charged to its address, or guessing would be free; a right one never is.
-        caller = key or by_address(request.client.host if request.client else None)
+        caller = key or anonymous_caller(request.client.host if request.client else None)
         record.fields |= {"caller": key.name} if key else {}
         limiter = self.limiters.get(caller.kind)
         if limiter is not None:
-            verdict = await limiter.take(caller)
+            decision = await limiter.take(caller)
             limit, seconds = limiter.rate
             record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
-            record.headers["RateLimit"] = f'"{caller.kind}";r={verdict.remaining};t={verdict.wait}'
-            if not verdict.allowed:
-                self.metrics.refused.labels(caller.kind).inc()
-                problem = f"You may ask {limit} times in {seconds} s. Wait {verdict.wait} s."
-                raise errors.RateLimited(problem, retry_after=verdict.wait)
+            record.headers["RateLimit"] = (
+                f'"{caller.kind}";r={decision.remaining};t={decision.retry_after}'
+            )
+            if not decision.allowed:
+                self.metrics.rate_limited.labels(caller.kind).inc()
+                problem = (
+                    f"You may ask {limit} times in {seconds} s. Wait {decision.retry_after} s."
+                )
+                raise ServiceError("rate_limited", problem, retry_after=decision.retry_after)
         if bearer and key is None:
-            raise errors.InvalidAPIKey("This API key is unknown. Check it with the operator.")
+            raise ServiceError(
+                "invalid_api_key", "This API key is unknown. Check it with the operator."
+            )
         if key is None and not self.settings.allow_anonymous:
-            raise errors.InvalidAPIKey("A key is needed: send Authorization: Bearer KEY.")
+            raise ServiceError(
+                "invalid_api_key", "A key is needed: send Authorization: Bearer KEY."
+            )
         return caller
 
-    def _look_for_proxy(self, request: Request) -> None:
+    def _warn_about_untrusted_proxy(self, request: Request) -> None:
         """Say once that all users of an unknown proxy are one caller."""
         local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
         unknown = not (self.settings.forwarded_allow_ips or self.warned_of_proxy)
@@ -148,12 +171,12 @@ class Service:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
             problem = "The body must be JSON and say so: curl -H 'Content-Type: application/json'."
-            raise errors.UnsupportedMediaType(problem)
+            raise ServiceError("unsupported_media_type", problem)
         limit, seconds = self.settings.max_body_bytes, self.settings.body_timeout_seconds
         body = bytearray()
         received, began = 0, time.monotonic()
         waiting = anyio.move_on_after(seconds)
-        with waiting, self.drain.under_way(lambda error: waiting.cancel()):
+        with waiting, self.drain.track(lambda error: waiting.cancel()):
             async for part in request.stream():
                 received += len(part)
                 if received <= limit:
@@ -162,27 +185,27 @@ class Service:
                     break
         request.state.record.waited = time.monotonic() - began
         if received > limit:
-            raise errors.BodyTooLarge(f"The body may have {limit} bytes.")
+            raise ServiceError("body_too_large", f"The body may have {limit} bytes.")
         if waiting.cancelled_caught:
             self.drain.check()
-            raise errors.RequestTimeout(f"The body did not arrive within {seconds:g} s.")
+            raise ServiceError("request_timeout", f"The body did not arrive within {seconds:g} s.")
         return bytes(body)
 
-    def _refuse_shared_name(self, request: Request, caller: Caller, session_id: str) -> None:
+    def _reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
         """An id of one's own choice is private to the caller. Behind an unknown proxy all users
         have one address, and would read each other's `demo`."""
         proxied = "x-forwarded-for" in request.headers or "forwarded" in request.headers
         shared = proxied and not self.settings.forwarded_allow_ips
         shared = caller.kind == "anonymous" and (shared or caller.name == "unknown")
-        if shared and not ISSUED.fullmatch(session_id):
+        if shared and not ISSUED_ID.fullmatch(session_id):
             problem = (
                 "can't be chosen here, where one address may be many users: leave it out and keep"
                 " the one you are given, or have FORWARDED_ALLOW_IPS set"
             )
-            raise errors.InvalidRequest(errors.FieldProblem(field="session_id", message=problem))
+            raise invalid_request(FieldProblem(field="session_id", message=problem))
 
     def _messages(self, session: Session, message: str) -> list[Message]:
-        messages = [{"role": role, "content": text} for role, text, *_ in said(session)]
+        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
         if self.settings.system_prompt:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
@@ -192,32 +215,32 @@ class Service:
         end = stream.end
         record.outcome = stream.outcome
         record.waited += stream.waited + stream.blocked
-        gap = round(stream.longest_gap * 1000, 1)
-        record.fields |= {"pieces": len(stream.pieces), "longest_gap_ms": gap}
-        if isinstance(end, errors.InternalError):
-            record.defect = end.__cause__ or end
+        gap = round(stream.max_chunk_gap * 1000, 1)
+        record.fields |= {"chunks": len(stream.chunks), "max_chunk_gap_ms": gap}
+        if isinstance(end, ServiceError) and end.code == "internal_error":
+            record.exception = end.__cause__ or end
         # The stream asks a provider before it waits for anything, so there is one.
         last = call.attempts[-1]
-        if isinstance(end, errors.CallerError | errors.ProviderError):
+        if isinstance(end, ServiceError) and end.caused_by != "service":
             last.error, last.cause = end.code, end.cause
-        elif isinstance(end, errors.OurError) and end.cause:
+        elif isinstance(end, ServiceError) and end.cause:
             record.fields["cause"] = end.cause
         provider, _, model = last.model.partition("/")
         # A glob lets callers make up names, which must not become labels.
         model = model if last.model in self.router.known else "other"
         for failed, following in pairwise(call.attempts):
             kind = "retry" if failed.model == following.model else "failover"
-            self.metrics.again.labels(kind, failed.error).inc()
+            self.metrics.retries.labels(kind, failed.error).inc()
         record.fields |= {"provider": provider, "attempts": list(map(vars, call.attempts))}
-        self.metrics.pieces.labels(provider, model).inc(len(stream.pieces))
-        if stream.first_piece_at is not None:
-            seconds = max(0.0, stream.first_piece_at - record.started)
-            record.fields["first_piece_ms"] = round(seconds * 1000, 1)
-            self.metrics.first_piece.observe(seconds)
-            self.metrics.gap.observe(stream.longest_gap)
+        self.metrics.chunks.labels(provider, model).inc(len(stream.chunks))
+        if stream.first_chunk_at is not None:
+            seconds = max(0.0, stream.first_chunk_at - record.started)
+            record.fields["ttft_ms"] = round(seconds * 1000, 1)
+            self.metrics.ttft.observe(seconds)
+            self.metrics.max_chunk_gap.observe(stream.max_chunk_gap)
         if isinstance(end, Completion):
-            record.fields["model"] = telemetry.name(end.model)
-            record.fields["finish_reason"] = telemetry.name(end.finish_reason)
+            record.fields["model"] = telemetry.safe_name(end.model)
+            record.fields["finish_reason"] = telemetry.safe_name(end.finish_reason)
             for kind in ("prompt_tokens", "completion_tokens"):
                 count = (end.usage or {}).get(kind)
                 if isinstance(count, int) and 0 <= count < MAX_TOKENS:
@@ -231,14 +254,14 @@ class Service:
         caller = await self._admit(request, record)
         session_id: str = request.path_params["session_id"]
         record.fields["session"] = telemetry.short_hash(session_id)
-        self._refuse_shared_name(request, caller, session_id)
+        self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
             return Response(status_code=204)
         session = await self.store.read(caller.owner, session_id)
         messages = [
             {"role": role, "content": text, "created_at": _rfc3339(at), "complete": complete}
-            for role, text, at, complete in said(session)
+            for role, text, at, complete in iter_messages(session)
         ]
         view = {
             "session_id": session.id,
@@ -259,11 +282,11 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def said(session: Session) -> Iterator[tuple[str, str, float, bool]]:
+def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
     """Who said what in a session, when, and whether that is all of it."""
     for turn in session.turns:
-        yield "user", turn.message, turn.asked_at, True
-        yield "assistant", turn.answer, turn.answered_at, turn.complete
+        yield "user", turn.message, turn.message_at, True
+        yield "assistant", turn.response, turn.response_at, turn.complete
 
 
 def _rfc3339(seconds: float) -> str:
@@ -274,56 +297,71 @@ def _rfc3339(seconds: float) -> str:
 async def on_error(request: Request, error: Exception) -> Response:
     """Any error, ours or Starlette's, as an answer."""
     record: telemetry.Record = request.state.record
-    told = errors.as_told(error)
+    service_error = to_service_error(error)
     record.headers["Cache-Control"] = "no-store"
     if isinstance(error, HTTPException) and error.headers:
-        told = errors.MethodNotAllowed(f"This route takes {error.headers['Allow']}.")
+        service_error = ServiceError(
+            "method_not_allowed", f"This route takes {error.headers['Allow']}."
+        )
         record.headers |= error.headers
     elif isinstance(error, HTTPException):
-        told = errors.NotFound("No such route. Chat is at POST /api/v1/chat.")
-    record.outcome = record.outcome or told.code
-    if isinstance(told, errors.OurError) and told.cause:
-        record.fields["cause"] = told.cause
-    detail = told.detail()
+        service_error = ServiceError("not_found", "No such route. Chat is at POST /api/v1/chat.")
+    record.outcome = record.outcome or service_error.code
+    if service_error.caused_by == "service" and service_error.cause:
+        record.fields["cause"] = service_error.cause
+    detail = service_error.detail()
     if detail.retry_after is not None:
         record.headers["Retry-After"] = str(detail.retry_after)
-    if isinstance(told, errors.InvalidAPIKey):
+    if service_error.code == "invalid_api_key":
         record.headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(told, CLOSING):
+    if service_error.code in CLOSING:
         record.headers["Connection"] = "close"
-    body = errors.ErrorBody(error=detail, id=record.request_id)
-    return JSONResponse(body.model_dump(), told.status)
+    body = ErrorBody(error=detail, id=record.request_id)
+    return JSONResponse(body.model_dump(), service_error.status)
 
 
-async def on_client_gone(request: Request, error: Exception) -> Response:
+async def on_client_disconnect(request: Request, error: Exception) -> Response:
     """The client left while it sent its request: nobody reads this answer."""
     record: telemetry.Record = request.state.record
-    record.outcome, record.waited = "client_gone", time.monotonic() - record.started
+    record.outcome, record.waited = "client_disconnected", time.monotonic() - record.started
     return Response(status_code=400)
 
 
-async def keep_sweeping(store: SessionStore) -> None:
+async def sweep_periodically(store: SessionStore) -> None:
     """Expired sessions go away by themselves, also where nobody asks any more."""
     while True:
         # What can't be removed now is removed next time.
-        with suppress(errors.StateUnavailable):
+        with suppress(ServiceError):
             await store.sweep()
         await anyio.sleep(SWEEP_SECONDS)
 
 
-def make_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionStore]:
+def create_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """The limiters, and the sessions, where STATE_URL says. Raises SettingsError."""
     url, ttl, chars = settings.state_url, settings.session_ttl_seconds, settings.history_max_chars
     rates = {"anonymous": settings.rate_limit, "key": settings.rate_limit_api_key}
     limited = {kind: rate for kind, rate in rates.items() if rate}
     if url.startswith("redis"):
         # Whoever keeps nothing there need not load the client.
-        from redis_state import shared_state
+        from redis_state import open_redis_state
 
-        return shared_state(url, limited, ttl=ttl, max_chars=chars)
+        return open_redis_state(url, limited, ttl=ttl, max_chars=chars)
     path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
     store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
-    return {kind: Limiter(rate, time.monotonic_ns) for kind, rate in limited.items()}, store
+    return {
+        kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()
+    }, store
+
+
+def static_route(path: str, file: str, media_type: str) -> Route:
+    """Return a route that serves `file` from static/, read now."""
+    body = (STATIC / file).read_bytes()
+    headers = {
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        "Referrer-Policy": "no-referrer",
+    }
+    return Route(path, Response(body, headers=headers, media_type=media_type), methods=["GET"])
 
 
 def create_app(
@@ -331,12 +369,12 @@ def create_app(
 ) -> ASGIApp:
     """The whole application, which ends when `drain` says so; `more` are providers beside those of
     the settings. Raises SettingsError."""
-    providers = make_providers(settings) | {provider.name: provider for provider in more}
+    providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = make_state(settings)
-    streams = Streams(settings.max_streams, settings.max_streams_per_caller)
+    limiters, store = create_state(settings)
+    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics()
-    metrics.open_streams.set_function(streams.open.total)
+    metrics.active_streams.set_function(streams.active.total)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [
@@ -345,24 +383,28 @@ def create_app(
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
         Route("/readyz", service.readyz),
-        pages.route("/openapi.json", "openapi.json", "application/json"),
+        static_route("/openapi.json", "openapi.json", "application/json"),
     ]
     if settings.metrics:
         routes.append(Route("/metrics", service.show_metrics))
     if settings.playground:
-        routes.append(pages.route("/", "page.html", "text/html"))
+        routes += [
+            static_route("/", "playground.html", "text/html"),
+            static_route("/playground.css", "playground.css", "text/css"),
+            static_route("/playground.js", "playground.js", "text/javascript"),
+        ]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with aclosing(store), anyio.create_task_group() as tasks:
-            tasks.start_soon(keep_sweeping, store)
+            tasks.start_soon(sweep_periodically, store)
             yield
             tasks.cancel_scope.cancel()
         for provider in providers.values():
             await provider.aclose()
 
-    on_errors = dict.fromkeys((errors.ServiceError, HTTPException, Exception), on_error)
-    handlers = {**on_errors, ClientDisconnect: on_client_gone}
+    on_errors = dict.fromkeys((ServiceError, HTTPException, Exception), on_error)
+    handlers = {**on_errors, ClientDisconnect: on_client_disconnect}
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
     # From the inside out: each wraps the one before, RequestContext all of them.
@@ -393,7 +435,7 @@ def configure_logging(level: str) -> logging.Logger:
 
 
 def main() -> None:
-    """Serve until told to stop. Ends with 2 where the settings, or the port, are at fault."""
+    """Serve until service_error to stop. Ends with 2 where the settings, or the port, are at fault."""
     parser = argparse.ArgumentParser(prog="python -m service", description=ABOUT, epilog=SEE)
     parser.add_argument("--probe", action="store_true", help=PROBE)
     asked = parser.parse_args()
@@ -414,7 +456,7 @@ def main() -> None:
     # thresholds (700, 10, 10) to look through them took a tenth of the time, 0.4 s of it at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    for warning in unknown_variables(file, settings):
+    for warning in unknown_variable_warnings(file, settings):
         log.warning(warning)
     if settings.default_provider_name == "mock":
         log.warning("NO MODEL ANSWERS: set OPENAI_API_KEY in .env. Until then a mock does.")

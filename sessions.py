@@ -1,4 +1,4 @@
-"""What the assistant remembers, whose it is, and where it is kept.
+"""What the assistant remembers, whose it is, and where it is trim_history.
 
 `SessionStore` is what the service needs of a store; `SQLiteStore` keeps one in a file, or in
 memory. Opening a session (its lock and its history) and ending a turn (append, trim, release) are
@@ -19,14 +19,15 @@ from typing import NamedTuple, Protocol, TypeVar
 import anyio
 from pydantic_core import from_json, to_json
 
-import errors
+from errors import ServiceError
 from settings import SettingsError
 
 # `s_` and 256 random bits: nobody guesses one, so holding it is the right to use it.
-ISSUED = re.compile("s_[A-Za-z0-9_-]{43}")
+ISSUED_ID = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
 BUSY = "Another answer is being written in this session. Wait for its end, or close its stream."
 LOST = "The session ended, or was lost, before its answer did; this turn is not stored."
+NOT_FOUND = "This session does not exist, has expired, or belongs to another caller."
 UNAVAILABLE = "Conversations can't be reached just now; the latest answer may not be remembered."
 # Stored in the file; a release that knows only older ones refuses it.
 SCHEMA_VERSION = 1
@@ -45,19 +46,19 @@ class Turn(NamedTuple):
     was cut."""
 
     message: str
-    answer: str
+    response: str
     complete: bool
-    asked_at: float
-    answered_at: float
+    message_at: float
+    response_at: float
 
 
 class Session(NamedTuple):
-    """A session as it was when it was opened. `incarnation` is the store's own name for it, which
+    """A session as it was when it was opened. `generation` is the store's own name for it, which
     no later session of the same id has; None for one that is not stored yet."""
 
     id: str
     owner: str
-    incarnation: int | str | None
+    generation: int | str | None
     created_at: float
     expires_at: float
     turns: Sequence[Turn] = ()
@@ -94,23 +95,23 @@ class SessionStore(Protocol):
         """Give back the file or the connections."""
 
 
-def issue(owner: str, now: float, ttl: float) -> Session:
+def new_session(owner: str, now: float, ttl: float) -> Session:
     """A new session with an id of ours. It is the key's to which it is issued, or anyone's who
     holds the id. Nobody can know the id yet, so there is nothing to read and nothing to lock."""
     holder = owner if owner.startswith("key:") else ANYONE
     return Session(f"s_{secrets.token_urlsafe(32)}", holder, None, now, now + ttl)
 
 
-def owners(owner: str, session_id: str) -> tuple[str, str]:
+def allowed_owners(owner: str, session_id: str) -> tuple[str, str]:
     """Those whose session of this id the caller may use. Only issued ids are anyone's."""
-    return (owner, ANYONE if ISSUED.fullmatch(session_id) else owner)
+    return (owner, ANYONE if ISSUED_ID.fullmatch(session_id) else owner)
 
 
-def kept(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
+def trim_history(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
     """The newest whole turns that fit into `max_chars`; the newest one always."""
     chars = 0
     for count, turn in enumerate(reversed(turns)):
-        chars += len(turn.message) + len(turn.answer)
+        chars += len(turn.message) + len(turn.response)
         if chars > max_chars and count:
             return turns[len(turns) - count :]
     return turns
@@ -120,7 +121,7 @@ def kept(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
 # one row each.
 SCHEMA = """
 CREATE TABLE session (
-    incarnation INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER PRIMARY KEY AUTOINCREMENT,
     digest BLOB NOT NULL,
     owner TEXT NOT NULL,
     created_at REAL NOT NULL,
@@ -159,7 +160,7 @@ class SQLiteStore(SessionStore):
 
     async def open(self, owner: str, session_id: str | None) -> Session:
         if session_id is None:
-            return issue(owner, self._clock(), self._ttl)
+            return new_session(owner, self._clock(), self._ttl)
         # A lock that was taken must reach whoever is to give it back.
         with anyio.CancelScope(shield=True):
             session = await self._run(lambda: self._open(owner, session_id))
@@ -193,68 +194,75 @@ class SQLiteStore(SessionStore):
             running.add_done_callback(lambda done: done.exception())
             return await asyncio.shield(running)
         except sqlite3.Error as error:
-            raise errors.StateUnavailable(UNAVAILABLE, retry_after=1) from error
+            raise ServiceError("state_unavailable", UNAVAILABLE, retry_after=1) from error
 
     # In the store's thread
 
     def _open(self, owner: str, session_id: str) -> Session:
-        try:
-            session = self._find(owner, session_id)
-        except errors.SessionNotFound:
-            if ISSUED.fullmatch(session_id):
-                raise
+        session = self._load(owner, session_id)
+        if session is None:
+            if ISSUED_ID.fullmatch(session_id):
+                raise ServiceError("session_not_found", NOT_FOUND)
             now = self._clock()
             session = self._create(Session(session_id, owner, None, now, now + self._ttl))
-        if session.incarnation in self._busy:
-            raise errors.SessionBusy(BUSY, retry_after=1)
-        self._busy.add(session.incarnation)
+        if session.generation in self._busy:
+            raise ServiceError("session_busy", BUSY, retry_after=1)
+        self._busy.add(session.generation)
         return session
 
     def _find(self, owner: str, session_id: str) -> Session:
+        session = self._load(owner, session_id)
+        if session is None:
+            raise ServiceError("session_not_found", NOT_FOUND)
+        return session
+
+    def _load(self, owner: str, session_id: str) -> Session | None:
         row = self._db.execute(
-            "SELECT owner, incarnation, created_at, expires_at, turns FROM session"
+            "SELECT owner, generation, created_at, expires_at, turns FROM session"
             " WHERE digest = ? AND owner IN (?, ?)",
-            (_digest(session_id), *owners(owner, session_id)),
+            (_digest(session_id), *allowed_owners(owner, session_id)),
         ).fetchone()
         if row is None or (row[3] <= self._clock() and row[1] not in self._busy):
-            raise errors.SessionNotFound("There is no such session, or it is not yours.")
-        holder, incarnation, created_at, expires_at, turns = row
-        history = kept([Turn(*turn) for turn in from_json(turns)], self._max_chars)
-        return Session(session_id, holder, incarnation, created_at, expires_at, history)
+            return None
+        holder, generation, created_at, expires_at, turns = row
+        history = trim_history([Turn(*turn) for turn in from_json(turns)], self._max_chars)
+        return Session(session_id, holder, generation, created_at, expires_at, history)
 
     def _create(self, session: Session) -> Session:
-        """A new incarnation, in place of one of this id that has expired."""
+        """A new generation, in place of one of this id that has expired."""
         row = (_digest(session.id), session.owner, session.created_at, session.expires_at)
         insert = "INSERT OR REPLACE INTO session VALUES (NULL, ?, ?, ?, ?, ?)"
-        incarnation = self._db.execute(insert, (*row, to_json(session.turns))).lastrowid
-        return session._replace(incarnation=incarnation)
+        generation = self._db.execute(insert, (*row, to_json(session.turns))).lastrowid
+        return session._replace(generation=generation)
 
     def _end(self, session: Session, turn: Turn | None) -> None:
         try:
             turns = [*session.turns, turn] if turn else session.turns
-            expires_at = (turn.answered_at if turn else self._clock()) + self._ttl
-            session = session._replace(turns=kept(turns, self._max_chars), expires_at=expires_at)
-            if session.incarnation is None:
+            expires_at = (turn.response_at if turn else self._clock()) + self._ttl
+            session = session._replace(
+                turns=trim_history(turns, self._max_chars), expires_at=expires_at
+            )
+            if session.generation is None:
                 self._create(session)
             elif turn is not None:
-                update = "UPDATE session SET turns = ?, expires_at = ? WHERE incarnation = ?"
-                row = (to_json(session.turns), session.expires_at, session.incarnation)
+                update = "UPDATE session SET turns = ?, expires_at = ? WHERE generation = ?"
+                row = (to_json(session.turns), session.expires_at, session.generation)
                 if not self._db.execute(update, row).rowcount:
-                    raise errors.StateUnavailable(LOST)
+                    raise ServiceError("state_unavailable", LOST)
         finally:
-            self._busy.discard(session.incarnation)
+            self._busy.discard(session.generation)
 
     def _delete(self, owner: str, session_id: str) -> None:
         session = self._find(owner, session_id)
-        if session.incarnation in self._busy:
-            raise errors.SessionBusy(BUSY, retry_after=1)
-        self._db.execute("DELETE FROM session WHERE incarnation = ?", (session.incarnation,))
+        if session.generation in self._busy:
+            raise ServiceError("session_busy", BUSY, retry_after=1)
+        self._db.execute("DELETE FROM session WHERE generation = ?", (session.generation,))
 
     def _sweep(self) -> int:
         """How many sessions went; 0 when there is nothing left to do."""
         swept = self._db.execute(
-            "DELETE FROM session WHERE incarnation IN (SELECT incarnation FROM session"
-            " WHERE expires_at <= ? AND incarnation NOT IN (SELECT value FROM json_each(?))"
+            "DELETE FROM session WHERE generation IN (SELECT generation FROM session"
+            " WHERE expires_at <= ? AND generation NOT IN (SELECT value FROM json_each(?))"
             " LIMIT ?)",
             (self._clock(), to_json(self._busy).decode(), SWEEP_ROWS),
         )

@@ -120,7 +120,7 @@ Host = Annotated[str, _matching(HOST, "host names such as localhost or *.example
 StateUrl = Annotated[str, _matching(STATE_URL, STATE_URLS), Field(repr=False)]
 
 
-class Upstream(BaseModel, frozen=True, hide_input_in_errors=True):
+class ProviderSettings(BaseModel, frozen=True, hide_input_in_errors=True):
     """An OpenAI-compatible server, asked at `{base_url}/chat/completions`."""
 
     name: str
@@ -140,7 +140,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     openai_base_url: BaseUrl = HttpUrl("https://api.openai.com/v1")
     # More OpenAI-compatible servers, by names that you choose: groq,local. Each has an address,
     # GROQ_BASE_URL, and unless it needs none a key, GROQ_API_KEY.
-    providers: tuple[Upstream, ...] = ()
+    providers: tuple[ProviderSettings, ...] = ()
     # Who answers a bare model name. Unset: openai if it has a key, else the first of PROVIDERS,
     # else mock.
     default_provider: str | None = None
@@ -148,7 +148,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     default_model: str = "gpt-4o-mini"
     # Models that callers may ask for, with globs: gpt-4o-mini,groq/*. Unset: DEFAULT_MODEL alone.
     models: Annotated[tuple[str, ...], LIST] = ()
-    # Asked in this order when a model fails before its first piece: groq/llama-3.3-70b,mock/echo
+    # Asked in this order when a model fails before its first chunk: groq/llama-3.3-70b,mock/echo
     fallback_models: Annotated[tuple[str, ...], LIST] = ()
     # Goes before every conversation.
     system_prompt: str | None = None
@@ -203,7 +203,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     connect_timeout_seconds: Seconds = 5
     # How long it may take to begin its answer.
     first_token_timeout_seconds: Seconds = 60
-    # How long it may pause between two pieces of it.
+    # How long it may pause between two chunks of it.
     idle_timeout_seconds: Seconds = 30
     # How long a whole answer may last.
     total_timeout_seconds: Seconds = 600
@@ -213,7 +213,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     body_timeout_seconds: Seconds = 10
     # After so much silence a comment line keeps proxies from hanging up.
     heartbeat_seconds: Seconds = 15
-    # Further tries of the last model before its first piece; each may be billed.
+    # Further tries of the last model before its first chunk; each may be billed.
     max_retries: Annotated[int, Field(ge=0, le=10)] = 2
     # For running answers to end when the service is told to stop; a second signal hurries.
     drain_seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = 20
@@ -228,20 +228,22 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     playground: bool = True
 
     @property
-    def upstreams(self) -> tuple[Upstream, ...]:
+    def configured_providers(self) -> tuple[ProviderSettings, ...]:
         """Every configured server, OpenAI first if it has a key."""
         if self.openai_api_key is None:
             return self.providers
         key, url = self.openai_api_key, self.openai_base_url
-        return (Upstream(name="openai", base_url=url, api_key=key), *self.providers)
+        return (ProviderSettings(name="openai", base_url=url, api_key=key), *self.providers)
 
     @property
     def default_provider_name(self) -> str:
-        return self.default_provider or next((each.name for each in self.upstreams), "mock")
+        return self.default_provider or next(
+            (each.name for each in self.configured_providers), "mock"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [*(upstream.name for upstream in self.upstreams), "mock"]
+        names = [*(upstream.name for upstream in self.configured_providers), "mock"]
         if self.default_provider == "openai" and "openai" not in names:
             raise ValueError("DEFAULT_PROVIDER=openai needs OPENAI_API_KEY, which is not set")
         if self.default_provider_name not in names:
@@ -256,7 +258,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 SECRETS = frozenset(name.upper() for name, field in Settings.model_fields.items() if not field.repr)
 
 
-def variables() -> list[str]:
+def variable_names() -> list[str]:
     """The names of all variables but those of `PROVIDERS`, which follow from its value."""
     return [name.upper() for name in Settings.model_fields]
 
@@ -283,9 +285,9 @@ def read_env_file(path: Path) -> dict[str, str]:
     return values
 
 
-def unknown_variables(file: Iterable[str], settings: Settings) -> Iterator[str]:
+def unknown_variable_warnings(file: Iterable[str], settings: Settings) -> Iterator[str]:
     """One warning for each name in `file`, the keys of an .env, that no setting reads."""
-    known = [*variables(), *(f"{secret}_FILE" for secret in SECRETS)]
+    known = [*variable_names(), *(f"{secret}_FILE" for secret in SECRETS)]
     for upstream in settings.providers:
         prefix = _prefix(upstream.name)
         known += [f"{prefix}_BASE_URL", f"{prefix}_API_KEY", f"{prefix}_API_KEY_FILE"]
@@ -326,16 +328,16 @@ def _prefix(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
-def _upstream(env: Mapping[str, str], name: str) -> Upstream:
+def _upstream(env: Mapping[str, str], name: str) -> ProviderSettings:
     prefix = _prefix(name)
-    # Not RATE_LIMIT_API_KEY either: it is no secret, and a refusal of it would show the key.
-    taken = name == "mock" or f"{prefix}_API_KEY" in variables()
+    # Not RATE_LIMIT_API_KEY either: it is no secret, and a classify_error of it would show the key.
+    taken = name == "mock" or f"{prefix}_API_KEY" in variable_names()
     if taken or not re.fullmatch("[a-z][a-z0-9-]{0,31}", name):
         takes = "takes names such as groq or local-llm; openai and mock need no entry"
         raise SettingsError(f"PROVIDERS: {name!r} is not usable: {takes}")
     if not _read(env, f"{prefix}_BASE_URL", secret=False):
         raise SettingsError(f"{prefix}_BASE_URL is not set, but PROVIDERS names {name}")
-    return _build(Upstream, env, f"{prefix}_", name=name)
+    return _build(ProviderSettings, env, f"{prefix}_", name=name)
 
 
 def _build(model: type[M], env: Mapping[str, str], prefix: str = "", **given: object) -> M:

@@ -32,7 +32,7 @@ PROBES = ("/healthz", "/readyz", "/metrics")
 UNNEEDED = re.compile(r' "\w+"=null|(?<!\\)"([A-Za-z0-9._:/+@-]+)"')
 # Nobody's wish and not the caller's fault: whoever hides the line of each request sees these.
 FAILURES = re.compile("upstream_.+|overloaded|state_unavailable")
-# From a refusal to a long answer.
+# From a classify_error to a long answer.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 30, 60, 120, 600)
 
 
@@ -46,10 +46,10 @@ class Record:
     # Headers for the answer, whichever it becomes.
     headers: MutableHeaders = field(default_factory=MutableHeaders)
     status: int | None = None
-    # `done`, `client_gone`, `client_stalled`, or the error's code.
+    # `done`, `client_disconnected`, `client_stalled`, or the error's code.
     outcome: str | None = None
-    # A defect of ours, to be logged with its trace.
-    defect: BaseException | None = None
+    # A exception of ours, to be logged with its trace.
+    exception: BaseException | None = None
     # Seconds in which the provider or the client was waited for; the rest is ours.
     waited: float = 0.0
     # More fields of the log line, in the order in which they became known.
@@ -64,16 +64,22 @@ class Metrics:
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
         self.requests = counter("chat_requests", "Requests ended", ("route", "status", "outcome"))
-        self.duration = histogram("chat_request_seconds", "A request, to its end", ("route",))
-        self.own = histogram("chat_own_seconds", "What of a request was this service", ("route",))
-        self.first_piece = histogram("chat_first_piece_seconds", "A request, to its first piece")
-        self.gap = histogram("chat_longest_gap_seconds", "The longest wait between two pieces")
-        self.again = counter("chat_further_attempts", "Retries, failovers", ("kind", "error"))
-        self.refused = counter("chat_limiter_refusals", "Callers out of tokens", ("caller",))
+        self.duration = histogram(
+            "chat_request_duration_seconds", "A request, to its end", ("route",)
+        )
+        self.overhead = histogram(
+            "chat_overhead_seconds", "What of a request was this service", ("route",)
+        )
+        self.ttft = histogram("chat_time_to_first_token_seconds", "A request, to its first chunk")
+        self.max_chunk_gap = histogram(
+            "chat_max_chunk_gap_seconds", "The longest wait between two chunks"
+        )
+        self.retries = counter("chat_upstream_retries", "Retries, failovers", ("kind", "error"))
+        self.rate_limited = counter("chat_rate_limited", "Callers out of tokens", ("caller",))
         answered = ("provider", "model")
-        self.pieces = counter("chat_pieces", "Pieces of text sent", answered)
+        self.chunks = counter("chat_chunks", "ChunkStream of text sent", answered)
         self.tokens = counter("chat_tokens", "Tokens, as providers count", (*answered, "kind"))
-        self.open_streams = Gauge("chat_open_streams", "Answers open", registry=self.registry)
+        self.active_streams = Gauge("chat_active_streams", "Answers open", registry=self.registry)
         ProcessCollector(registry=self.registry)
 
 
@@ -110,7 +116,7 @@ class RequestContext:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
             # Starlette has answered 500 before it passed the error on.
-            record.defect = error
+            record.exception = error
         finally:
             self._report(scope, record)
 
@@ -120,19 +126,19 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", "unmatched")
         # What middleware refused has no code: a foreign Host, a preflight from elsewhere.
         outcome = record.outcome or ("done" if (record.status or 500) < 400 else "refused")
-        if record.defect:
+        if record.exception:
             outcome = "internal_error"
         self.metrics.requests.labels(route, record.status or "none", outcome).inc()
         self.metrics.duration.labels(route).observe(seconds)
         own = max(0.0, seconds - record.waited)
-        self.metrics.own.labels(route).observe(own)
+        self.metrics.overhead.labels(route).observe(own)
         fields = {
             "method": scope["method"],
             "route": route,
             "status": record.status,
             "outcome": outcome,
-            "ms": round(seconds * 1000, 1),
-            "own_ms": round(own * 1000, 1),
+            "duration_ms": round(seconds * 1000, 1),
+            "overhead_ms": round(own * 1000, 1),
             "caller": short_address(scope["client"][0] if scope["client"] else ""),
             **record.fields,
             "request_id": record.request_id,
@@ -142,8 +148,8 @@ class RequestContext:
         # Probes and scrapes come every second and say nothing while they succeed.
         quiet = logging.DEBUG if outcome == "done" and route in PROBES else logging.INFO
         level = logging.WARNING if FAILURES.fullmatch(outcome) else quiet
-        level = logging.ERROR if record.defect else level
-        self.log.log(level, "request", extra={"fields": fields}, exc_info=record.defect)
+        level = logging.ERROR if record.exception else level
+        self.log.log(level, "request", extra={"fields": fields}, exc_info=record.exception)
 
 
 def short_address(host: str) -> str:
@@ -162,19 +168,19 @@ def short_hash(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
-def name(told: str | None) -> str | None:
+def safe_name(value: str | None) -> str | None:
     """A stranger's name for something, as the log may hold it: what looks like a text is none."""
-    return told if re.fullmatch("[!-~]{1,128}", told or "") else None
+    return value if re.fullmatch("[!-~]{1,128}", value or "") else None
 
 
-def told_by(record: logging.LogRecord) -> dict[str, Any]:
+def log_fields(record: logging.LogRecord) -> dict[str, Any]:
     """All that a log record tells, by name."""
     moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    told = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
-    told |= getattr(record, "fields", {})
+    fields = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+    fields |= getattr(record, "fields", {})
     if record.exc_info and record.exc_info[1] is not None:
-        told["trace"] = _trace(record.exc_info[1])
-    return told
+        fields["trace"] = _trace(record.exc_info[1])
+    return fields
 
 
 class JSONFormatter(logging.Formatter):
@@ -182,19 +188,19 @@ class JSONFormatter(logging.Formatter):
     that could redraw a terminal, so no value can begin a line or hide one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(told_by(record), default=str)
+        return json.dumps(log_fields(record), default=str)
 
 
 class TextFormatter(logging.Formatter):
     """The same for a person at a terminal: the same JSON, less what the eye does not need."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = told_by(record)
-        del told["time"]
+        fields = log_fields(record)
+        del fields["time"]
         moment = self.formatTime(record, "%H:%M:%S")
-        head = f"{moment} {told.pop('level'):7} {json.dumps(told.pop('event'))[1:-1]}"
-        trace = f"\n{told.pop('trace', '')}"
-        fields = json.dumps(told, default=str, separators=(" ", "="))[1:-1]
+        head = f"{moment} {fields.pop('level'):7} {json.dumps(fields.pop('event'))[1:-1]}"
+        trace = f"\n{fields.pop('trace', '')}"
+        fields = json.dumps(fields, default=str, separators=(" ", "="))[1:-1]
         fields = UNNEEDED.sub(r"\1", fields)
         return f"{head} {fields}".rstrip() + trace.rstrip()
 
@@ -202,12 +208,12 @@ class TextFormatter(logging.Formatter):
 def _trace(error: BaseException) -> str:
     """A traceback, of causes and of a group's members too, without the errors' own texts, which may
     quote what a caller or a provider sent."""
-    told: dict[int, str] = {}
+    fields: dict[int, str] = {}
     left: list[BaseException | None] = [error]
     while left:
         # Errors may cause each other.
-        if (each := left.pop()) is not None and id(each) not in told:
+        if (each := left.pop()) is not None and id(each) not in fields:
             frames = "".join(traceback.format_tb(each.__traceback__))
-            told[id(each)] = f"{type(each).__qualname__}\n{frames}"
+            fields[id(each)] = f"{type(each).__qualname__}\n{frames}"
             left += [each.__cause__ or each.__context__, *getattr(each, "exceptions", ())]
-    return "caused by ".join(told.values())
+    return "caused by ".join(fields.values())

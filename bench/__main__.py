@@ -29,10 +29,10 @@ from bench.report import RESULTS, picture, table
 # LiteLLM would be measured for minutes with a thousand streams; the SDK and the proxies have no
 # sessions, only these two a limit of their own.
 LEFT_OUT = {
-    "litellm": {"hold", "sessions", "refusal"},
+    "litellm": {"hold", "sessions", "classify_error"},
     "fastapi": {"sessions"},
-    "ferro": {"sessions", "refusal"},
-    "nginx": {"sessions", "refusal"},
+    "ferro": {"sessions", "classify_error"},
+    "nginx": {"sessions", "classify_error"},
 }
 DIRECT = "direct"
 # Callers and upstream run here, and what is measured on the last core.
@@ -72,14 +72,16 @@ class Bench:
                 subject = Subject(peer.questions(place.port), process, self.size)
                 await warm(subject.questions, peer.warming)
                 figures["start.idle_memory"] = process.memory()
-                wanted = set(CASES) - LEFT_OUT.get(peer.name, set()) - {"refusal"}
+                wanted = set(CASES) - LEFT_OUT.get(peer.name, set()) - {"classify_error"}
                 figures |= await self._measure(subject, wanted)
-        if "refusal" in self.cases and "refusal" not in LEFT_OUT.get(peer.name, set()):
+        if "classify_error" in self.cases and "classify_error" not in LEFT_OUT.get(
+            peer.name, set()
+        ):
             with TemporaryDirectory() as folder:
                 place = Place(Path(folder), free_port(), self.upstream)
                 async with running(peer.program(place, True), self.core, place.folder) as process:
                     subject = Subject(peer.questions(place.port), process, self.size)
-                    figures |= await self._measure(subject, {"refusal"})
+                    figures |= await self._measure(subject, {"classify_error"})
         for name in ("latency", "sessions"):
             for what in ("ttft", "end"):
                 if f"{name}.{what}_p50" in figures and f"latency.{what}_p50" in direct:

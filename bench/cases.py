@@ -45,27 +45,27 @@ class Subject:
         return float(self.process.memory()) if self.process else 0.0
 
 
-def whole(answers: list[Answer], pieces: int) -> list[Answer]:
-    """Those that came to their end with all their pieces."""
-    return [each for each in answers if each.ended and each.pieces == pieces]
+def whole(answers: list[Answer], chunks: int) -> list[Answer]:
+    """Those that came to their end with all their chunks."""
+    return [each for each in answers if each.ended and each.chunks == chunks]
 
 
 async def burst(subject: Subject) -> Figures:
-    """16 callers; 200 pieces without pauses."""
+    """16 callers; 200 chunks without pauses."""
     before = subject.cpu_us()
     request = subject.questions.request(200, 0)
     answers = await closed_loop(subject.questions, request, 16, subject.size.seconds)
     spent = subject.cpu_us() - before
     good = whole(answers, 200)
     return {
-        "cpu_us_per_event": spent / sum(each.pieces for each in answers),
+        "cpu_us_per_event": spent / sum(each.chunks for each in answers),
         "ttft_p50": percentile((each.first - each.asked for each in good), 0.5) * 1e3,
         "failed": len(answers) - len(good),
     }
 
 
 async def paced(subject: Subject) -> Figures:
-    """100 streams of 100 pieces, 20 ms apart."""
+    """100 streams of 100 chunks, 20 ms apart."""
     size = subject.size
     before = subject.cpu_us()
     request = subject.questions.request(size.paced_pieces, 20)
@@ -73,7 +73,7 @@ async def paced(subject: Subject) -> Figures:
     spent = subject.cpu_us() - before
     good = whole(answers, size.paced_pieces)
     return {
-        "cpu_us_per_event": spent / sum(each.pieces for each in answers),
+        "cpu_us_per_event": spent / sum(each.chunks for each in answers),
         "ttft_p50": percentile((each.first - each.asked for each in good), 0.5) * 1e3,
         "gap_p99": percentile((gap for each in good for gap in each.gaps), 0.99) * 1e3,
         "failed": size.paced_streams - len(good),
@@ -81,7 +81,7 @@ async def paced(subject: Subject) -> Figures:
 
 
 async def latency(subject: Subject) -> Figures:
-    """One stream at a time, 20 pieces without pauses."""
+    """One stream at a time, 20 chunks without pauses."""
     return await one_by_one(subject, subject.questions.request(20, 0))
 
 
@@ -112,7 +112,7 @@ async def sessions(subject: Subject) -> Figures:
 
 
 async def hold(subject: Subject) -> Figures:
-    """1,000 streams of 200 pieces, 50 ms apart, the first at once; started evenly over 5 s."""
+    """1,000 streams of 200 chunks, 50 ms apart, the first at once; started evenly over 5 s."""
     size = subject.size
     before, idle = subject.cpu_us(), subject.memory()
     request = subject.questions.request(size.hold_pieces, 50)
@@ -128,7 +128,7 @@ async def hold(subject: Subject) -> Figures:
     now = time.monotonic()
     waits = [(each.first or now) - each.asked for each in answers]
     return {
-        "cpu_us_per_event": spent / sum(each.pieces for each in answers),
+        "cpu_us_per_event": spent / sum(each.chunks for each in answers),
         "ttft_p50": percentile(waits, 0.5) * 1e3,
         "ttft_p99": percentile(waits, 0.99) * 1e3,
         "gap_p99": percentile((gap for each in good for gap in each.gaps), 0.99) * 1e3,
@@ -138,8 +138,8 @@ async def hold(subject: Subject) -> Figures:
     }
 
 
-async def refusal(subject: Subject) -> Figures:
-    """100 streams from ten addresses, 20 ms between pieces, alone and while one more address asks
+async def classify_error(subject: Subject) -> Figures:
+    """100 streams from ten addresses, 20 ms between chunks, alone and while one more address asks
     as fast as it is refused."""
     size = subject.size
     alone, _ = await _beside(subject, size.refusal_seconds, 10, flood=False)
@@ -188,7 +188,7 @@ CASES: Mapping[str, Case] = {
     "latency": latency,
     "sessions": sessions,
     "hold": hold,
-    "refusal": refusal,
+    "classify_error": classify_error,
 }
 
 

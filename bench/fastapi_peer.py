@@ -14,12 +14,12 @@ from fastapi.responses import StreamingResponse
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
-from slowapi import Limiter, _rate_limit_exceeded_handler
+from slowapi import MemoryRateLimiter, _rate_limit_exceeded_handler
 from slowapi.errors import RateLimitExceeded
 from slowapi.util import get_remote_address
 
 client = AsyncOpenAI()
-limiter = Limiter(key_func=get_remote_address)
+limiter = MemoryRateLimiter(key_func=get_remote_address)
 sessions: dict[str, list[ChatCompletionMessageParam]] = {}
 app = FastAPI()
 app.state.limiter = limiter
@@ -45,9 +45,9 @@ async def answer(request_id: str, session_id: str, message: str) -> AsyncIterato
             stream=True,
         )
         async for chunk in stream:
-            if chunk.choices and (piece := chunk.choices[0].delta.content):
-                text += piece
-                yield event(chunk=piece, id=request_id)
+            if chunk.choices and (chunk := chunk.choices[0].delta.content):
+                text += chunk
+                yield event(chunk=chunk, id=request_id)
     except Exception as error:
         yield event(status="error", id=request_id, message=str(error))
         return
@@ -61,8 +61,8 @@ async def answer(request_id: str, session_id: str, message: str) -> AsyncIterato
 async def chat(request: Request, body: ChatRequest) -> StreamingResponse:
     request_id = uuid.uuid4().hex
     session_id = body.session_id or uuid.uuid4().hex
-    pieces = answer(request_id, session_id, body.message)
-    return StreamingResponse(pieces, media_type="text/event-stream")
+    chunks = answer(request_id, session_id, body.message)
+    return StreamingResponse(chunks, media_type="text/event-stream")
 
 
 @app.get("/healthz")

@@ -27,14 +27,14 @@ from bench.peers import SERVICE, Place, upstream
 from bench.process import running
 from bench.report import RESULTS, curve
 from bench.upstream import WORDS
-from ratelimit import Caller, Limiter
+from ratelimit import Caller, MemoryRateLimiter
 from sessions import open_database
 from settings import Rate
 
 Points = list[tuple[float, float]]
 # Of all streams together: a quarter of what the service can do.
 EVENTS_PER_SECOND = 2000
-# Streams are opened at this rate, and then watched for so long.
+# StreamLimiter are opened at this rate, and then watched for so long.
 STARTS_PER_SECOND = 200
 WATCHED_SECONDS = 4.0
 MESSAGE = "word " * 60
@@ -54,14 +54,14 @@ async def subject(folder: Path, seconds: float, **env: str) -> AsyncIterator[Sub
             yield Subject(questions, process, Size(seconds=seconds))
 
 
-async def open_streams(count: int, seconds: float) -> float:
+async def active_streams(count: int, seconds: float) -> float:
     """CPU per event, in microseconds, while `count` streams are open."""
     pause = 1000 * count // EVENTS_PER_SECOND
     ramp = count / STARTS_PER_SECOND
     with TemporaryDirectory() as folder:
         async with subject(Path(folder), seconds) as service:
-            pieces = int((ramp + 2 * seconds) * 1000 / pause) + 10
-            request = service.questions.request(pieces, pause)
+            chunks = int((ramp + 2 * seconds) * 1000 / pause) + 10
+            request = service.questions.request(chunks, pause)
             connections = [await service.questions.connect() for _ in range(count)]
             asking = []
             for connection in connections:
@@ -69,9 +69,9 @@ async def open_streams(count: int, seconds: float) -> float:
                 await asyncio.sleep(1 / STARTS_PER_SECOND)
             # Until the last has begun.
             await asyncio.sleep(seconds / 2)
-            before = sum(each.answer.pieces for each in connections), service.cpu_us()
+            before = sum(each.answer.chunks for each in connections), service.cpu_us()
             await asyncio.sleep(seconds)
-            after = sum(each.answer.pieces for each in connections), service.cpu_us()
+            after = sum(each.answer.chunks for each in connections), service.cpu_us()
             for connection in connections:
                 connection.transport.abort()
             await asyncio.gather(*asking)
@@ -119,7 +119,7 @@ async def _in_session(service: Subject, turns: int) -> float:
 async def addresses(known: int, seconds: float) -> float:
     """The limiter's CPU per request, in microseconds, when so many addresses have asked; it keeps
     a bucket for the 50,000 of them that need one most. Measured in this process."""
-    limiter = Limiter(Rate(10, 60), lambda: time.monotonic_ns() // 1000)
+    limiter = MemoryRateLimiter(Rate(10, 60), lambda: time.monotonic_ns() // 1000)
     for number in range(known):
         await limiter.take(Caller("anonymous", f"10.{number}"))
     drawn = Random(1).choices(range(known), k=20_000)  # noqa: S311 - no secret
@@ -133,7 +133,7 @@ async def addresses(known: int, seconds: float) -> float:
 Measure = Callable[[int, float], Coroutine[object, object, float]]
 # Name, title of the axis, unit, what is measured, at which counts.
 CURVES: Sequence[tuple[str, str, str, Measure, Sequence[int]]] = (
-    ("streams", "open streams", "µs CPU per event", open_streams, (10, 30, 100, 300, 1000, 2000)),
+    ("streams", "open streams", "µs CPU per event", active_streams, (10, 30, 100, 300, 1000, 2000)),
     ("history", "turns in the session", "µs CPU per turn", history, (1, 3, 10, 30, 100, 300)),
     ("stored", "stored sessions", "µs CPU per turn", stored, (1, 100, 1000, 10_000, 100_000)),
     (

@@ -22,7 +22,7 @@ class Answer:
 
     asked: float
     status: int = 0
-    pieces: int = 0
+    chunks: int = 0
     first: float = 0.0
     last: float = 0.0
     ended: float = 0.0
@@ -63,12 +63,12 @@ class Connection(asyncio.Protocol):
                 self._tail = head
                 return
             self._begin(head)
-        if pieces := data.count(MARK):
-            if answer.pieces:
+        if chunks := data.count(MARK):
+            if answer.chunks:
                 answer.gaps.append(now - answer.last)
             else:
                 answer.first = now
-            answer.pieces += pieces
+            answer.chunks += chunks
             answer.last = now
         self._body += len(data)
         self._tail = self._tail[-4:] + data[-5:]
@@ -93,7 +93,7 @@ class Connection(asyncio.Protocol):
 
 @dataclass(frozen=True)
 class Questions:
-    """A target, and how to ask it for so many pieces, so many milliseconds apart."""
+    """A target, and how to ask it for so many chunks, so many milliseconds apart."""
 
     port: int
     path: str
@@ -101,8 +101,8 @@ class Questions:
     body: str
     headers: str = ""
 
-    def request(self, pieces: int, pause: int, message: str = "") -> bytes:
-        body = self.body.replace("MESSAGE", f"{message}bench:{pieces}:{pause}").encode()
+    def request(self, chunks: int, pause: int, message: str = "") -> bytes:
+        body = self.body.replace("MESSAGE", f"{message}bench:{chunks}:{pause}").encode()
         head = (
             f"POST {self.path} HTTP/1.1\r\nhost: 127.0.0.1:{self.port}\r\n{self.headers}"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"

@@ -172,7 +172,7 @@ def told(values: list[float]) -> str:
 
 
 def table(stores: Mapping[str, list[Figures]], replicas: Mapping[int, list[float]]) -> str:
-    lines = [f"| a request of 20 pieces in a session of 20 turns | {' | '.join(stores)} |"]
+    lines = [f"| a request of 20 chunks in a session of 20 turns | {' | '.join(stores)} |"]
     lines.append("|---|" + "--:|" * len(stores))
     for figure, title in ROWS.items():
         cells = [told([each[figure] for each in rounds]) for rounds in stores.values()]

@@ -1,7 +1,7 @@
 """A provider made of ready bytes: what it sends costs it nothing but the writing.
 
 `python -m bench.upstream PORT` serves until it is ended. What an answer is like stands in the last
-message: `bench:20:50` is 20 pieces, 50 ms apart, the first at once; with 0 ms they leave in one
+message: `bench:20:50` is 20 chunks, 50 ms apart, the first at once; with 0 ms they leave in one
 write. Any POST is a question, whatever its path; any GET asks whether it is there.
 """
 
@@ -26,8 +26,8 @@ CHUNK = (
     '"created":1794000000,"model":"gpt-4o-mini-2024-07-18","service_tier":"default",'
     '"system_fingerprint":"fp_0123456789",'
 )
-# Counting this one byte counts pieces, however an answer is cut into reads: it stands in every
-# piece of text and nowhere else.
+# Counting this one byte counts chunks, however an answer is cut into reads: it stands in every
+# chunk of text and nowhere else.
 MARK = b"~"
 WORDS = ("~The ", "~quick ", "~brown ", "~fox ", "~jumps ", "~over ", "~a ", "~lazy ", "~dog. ")
 
@@ -49,9 +49,9 @@ END = _chunk(CHUNK + STOP) + _chunk(CHUNK + USAGE) + _chunk("[DONE]") + b"0\r\n\
 
 
 @cache
-def whole(pieces: int) -> bytes:
-    """An answer of so many pieces, from its head to its end."""
-    return HEAD + b"".join(PIECES[i % len(PIECES)] for i in range(pieces)) + END
+def whole(chunks: int) -> bytes:
+    """An answer of so many chunks, from its head to its end."""
+    return HEAD + b"".join(PIECES[i % len(PIECES)] for i in range(chunks)) + END
 
 
 class Connection(asyncio.Protocol):
@@ -75,18 +75,18 @@ class Connection(asyncio.Protocol):
         if not end or length is None or len(body) < int(length[1]):
             return
         self._received = b""
-        pieces, pause = map(int, ASKED.findall(body)[-1])
+        chunks, pause = map(int, ASKED.findall(body)[-1])
         if pause == 0:
-            self._transport.write(whole(pieces))
+            self._transport.write(whole(chunks))
             return
         self._pause = pause / 1000
-        self._left = pieces - 1
+        self._left = chunks - 1
         self._due = self._loop.time()
         self._transport.write(HEAD + PIECES[0])
         self._wait()
 
     def _wait(self) -> None:
-        # By the clock, not by the last piece: a late one does not put off those behind it.
+        # By the clock, not by the last chunk: a late one does not put off those behind it.
         self._due += self._pause
         self._timer = self._loop.call_at(self._due, self._next)
 

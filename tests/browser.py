@@ -53,7 +53,7 @@ class Tab:
         text: str = await ending.inner_text()
         return text
 
-    async def answer(self) -> str:
+    async def response_text(self) -> str:
         """The text of the newest answer."""
         text: str = await self.page.locator(".assistant .text").last.inner_text()
         return text

@@ -14,7 +14,7 @@ JSON = {"content-type": "application/json"}
 CANARY = "sk-canary-0123456789abcdef"
 
 
-class Reply:
+class Response:
     """An answer as it arrives: status and headers at once, then event by event or all of it."""
 
     def __init__(self, client: "Client", head: h11.Response) -> None:
@@ -87,13 +87,13 @@ class Client:
         local = (host, 0) if host else None
         return cls(*await asyncio.open_connection(parts.hostname, parts.port, local_addr=local))
 
-    async def ask(
+    async def request(
         self,
         method: str,
         path: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Reply:
+    ) -> Response:
         fields = {"host": "localhost", **(headers or {})}
         if body is not None and not {"content-length", "transfer-encoding"} & fields.keys():
             fields["content-length"] = str(len(body))
@@ -106,18 +106,18 @@ class Client:
 
     async def chat(
         self, message: str = "Hello", headers: Mapping[str, str] | None = None, **fields: object
-    ) -> Reply:
+    ) -> Response:
         """POST /api/v1/chat with a well-formed body."""
         body = json.dumps({"message": message, **fields}).encode()
-        return await self.ask("POST", "/api/v1/chat", body, {**JSON, **(headers or {})})
+        return await self.request("POST", "/api/v1/chat", body, {**JSON, **(headers or {})})
 
-    async def head(self) -> Reply:
+    async def head(self) -> Response:
         """The head of the next answer."""
         part = await self.next_event()
         while isinstance(part, h11.InformationalResponse):
             part = await self.next_event()
         assert isinstance(part, h11.Response), part
-        return Reply(self, part)
+        return Response(self, part)
 
     async def next_event(self) -> object:
         while (event := self._http.next_event()) is h11.NEED_DATA:
@@ -131,7 +131,7 @@ class Client:
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Gone, as a closed browser tab is."""
         self.writer.transport.abort()
 

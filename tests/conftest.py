@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message
 
+from errors import Code, ServiceError
 from providers import LLMProvider
 from server import Drain, Server, listen
 from service import create_app
 from settings import from_env
 from telemetry import JSONFormatter
-from tests.client import CANARY, Client, Reply
+from tests.client import CANARY, Client, Response
 from tests.redis_server import RedisServer
 from tests.upstream import Script, Upstream, running_upstream
 
 # Longer than anything that is waited for here takes on the slowest machine.
 PATIENCE_SECONDS = 20.0
+
+
+def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
+    """Expect a ServiceError with this code."""
+    return pytest.raises(ServiceError, check=lambda error: error.code == code)
 
 
 class Log(logging.Handler):
@@ -73,15 +79,17 @@ class Running:
         self.clients.append(client)
         return client
 
-    async def chat(self, message: str = "Hello", host: str | None = None, **fields: Any) -> Reply:
+    async def chat(
+        self, message: str = "Hello", host: str | None = None, **fields: Any
+    ) -> Response:
         """A chat request on a connection of its own."""
         return await (await self.connect(host)).chat(message, **fields)
 
-    async def get(self, path: str) -> Reply:
-        return await (await self.connect()).ask("GET", path)
+    async def get(self, path: str) -> Response:
+        return await (await self.connect()).request("GET", path)
 
     async def metric(self, line: str) -> float:
-        """The value of one line of /metrics, such as `chat_open_streams`."""
+        """The value of one line of /metrics, such as `chat_active_streams`."""
         text = (await (await self.get("/metrics")).body()).decode()
         values = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line)]
         return float(values[0]) if values else 0.0
@@ -89,7 +97,7 @@ class Running:
 
 @asynccontextmanager
 async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncIterator[Running]:
-    """The service with these variables, on a free port of 127.0.0.1. When the block ends it has to
+    """The service with these variable_names, on a free port of 127.0.0.1. When the block ends it has to
     have given back every stream slot and task that requests of the block took."""
     assert env.get("OPENAI_API_KEY", CANARY) == CANARY, "another key is not looked for"
     before = asyncio.all_tasks()
@@ -109,7 +117,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
         yield running
     finally:
         for client in running.clients:
-            client.leave()
+            client.disconnect()
         for serving in server.servers:
             serving.close()
         for listener in listeners:
@@ -121,7 +129,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
         assert not handler.leaked
 
 
-async def give_back(app: ASGIApp) -> None:
+async def run_lifespan(app: ASGIApp) -> None:
     """Start and end an app that no server runs: what it holds is closed."""
     said = iter(("lifespan.startup", "lifespan.shutdown"))
 

@@ -352,7 +352,7 @@ async def running(
             yield container
         finally:
             for client in container.clients:
-                client.leave()
+                client.disconnect()
             if process.returncode is None:
                 os.kill(container.pid or process.pid, signal.SIGKILL)
             await process.wait()

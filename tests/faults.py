@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.lowlevel import checkpoint
 
-from tests.client import CANARY, Client, Reply
+from tests.client import CANARY, Client, Response
 from tests.conftest import PATIENCE_SECONDS, Running, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
@@ -75,7 +75,7 @@ class Scene:
     def upstream(self) -> Upstream:
         return self.upstreams[0]
 
-    async def ask(self, **fields: Any) -> Reply:
+    async def request(self, **fields: Any) -> Response:
         """A chat in the one session, on a connection of its own."""
         return await self.app.chat(**{"session_id": SESSION, **fields})
 
@@ -99,8 +99,8 @@ class Scene:
 
     async def nothing_held(self) -> None:
         """No slot is taken, and the session is not locked: it can be deleted."""
-        assert await self.app.metric("chat_open_streams") == 0
-        reply = await (await self.app.connect()).ask("DELETE", f"/api/v1/sessions/{SESSION}")
+        assert await self.app.metric("chat_active_streams") == 0
+        reply = await (await self.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
         assert reply.status in (204, 404)
 
     async def upstreams_closed(self) -> None:
@@ -134,7 +134,7 @@ async def scene(*scripts: Script, **env: str) -> AsyncIterator[Scene]:
     await no_more_files_than(before)
 
 
-async def ending(reply: Reply) -> tuple[str, dict[str, Any]]:
+async def ending(reply: Response) -> tuple[str, dict[str, Any]]:
     """The text of an answer and its one terminal event, after which nothing comes; or the body of
     an error of its own status."""
     if reply.status != 200:

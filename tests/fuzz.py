@@ -20,8 +20,8 @@ from contextlib import suppress
 import anyio
 from hypothesis import strategies as st
 
-import errors
 from chat import ChatRequest, parse_request
+from errors import ServiceError
 from tests.client import Client
 from tests.conftest import running_service
 
@@ -132,7 +132,7 @@ async def exchange(url: str, data: bytes) -> bytes:
             while part := await client.reader.read(65536):
                 told += part
     finally:
-        client.leave()
+        client.disconnect()
     return bytes(told)
 
 
@@ -177,7 +177,7 @@ async def fuzz_service(seconds: float, seed: int, workers: int = 20) -> Counter[
         async with anyio.create_task_group() as tasks:
             for number in range(workers):
                 tasks.start_soon(work, number)
-        while await app.metric("chat_open_streams"):
+        while await app.metric("chat_active_streams"):
             pass
         server.removeHandler(app.log)
     return counts
@@ -206,7 +206,7 @@ def check_body(body: bytes) -> str:
     """What a body comes to: an accepted message keeps every promise, a refusal has its code."""
     try:
         chat = parse_request(body, MAX_CHARS)
-    except (errors.InvalidJSON, errors.InvalidRequest) as error:
+    except ServiceError as error:
         detail = error.detail().model_dump_json()
         assert len(detail) < 4000
         return error.code

@@ -31,9 +31,9 @@ with httpx.stream("POST", f"{URL}/api/v1/chat", json=request) as answer:
 
 
 async def script(connection: Connection) -> None:
-    pieces = [{"model": "demo", "choices": [{"delta": {"content": ANSWER}}]}]
+    chunks = [{"model": "demo", "choices": [{"delta": {"content": ANSWER}}]}]
     usage = {"prompt_tokens": 15, "completion_tokens": 117, "total_tokens": 132}
-    await connection.stream(*map(event, [*pieces, {"choices": [], "usage": usage}]), DONE)
+    await connection.stream(*map(event, [*chunks, {"choices": [], "usage": usage}]), DONE)
     await connection.send(END)
 
 

@@ -69,7 +69,7 @@ async def _play(request: Connection) -> None:
     fault = request.body["messages"][-1]["content"]
     match fault:
         case "answers":
-            await request.answer("Hel", "lo")
+            await request.complete("Hel", "lo")
         case "answers slowly":
             await request.stream(delta("Hel"))
             with anyio.move_on_after(0.05):
@@ -125,7 +125,7 @@ class Soak:
             if client is None:
                 client = await self.app.connect()
             if not await self.chat(client, draw, f"soak-{number}-{draw.randrange(3)}"):
-                client.leave()
+                client.disconnect()
                 self.app.clients.remove(client)
                 client = None
             spare = (deadline - clock()) / left
@@ -173,7 +173,7 @@ class Soak:
     async def agree(self) -> None:
         """The service counts what the clients count. Of one that left, only the service knows
         whether it was too late to be told."""
-        while await self.app.metric("chat_open_streams"):
+        while await self.app.metric("chat_active_streams"):
             pass
         counted: Counter[str] = Counter()
         text = (await (await self.app.get("/metrics")).body()).decode()
@@ -208,7 +208,7 @@ def there(process: int) -> Counts:
 async def settled(app: Running, measure: Callable[[], Counts]) -> Counts:
     """What is held once nothing runs any more."""
     for client in app.clients:
-        client.leave()
+        client.disconnect()
     app.clients.clear()
     app.log.lines.clear()
     await anyio.sleep(0.3)

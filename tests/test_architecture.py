@@ -23,14 +23,14 @@ OTHERS = {"errors", "settings"}
 # What crosses: the values from the wire to the provider to the stream, and the name of the server's
 # extension.
 VALUES = {
-    "providers": {"wire": {"Batch", "ChunkReader", "refusal"}},
-    "chat": {"providers": {"Completion", "Pieces"}, "server": {"ABORT"}},
+    "providers": {"wire": {"Chunks", "CompletionParser", "classify_error"}},
+    "chat": {"providers": {"Completion", "ChunkStream"}, "server": {"ABORT"}},
     # The interfaces that it fills, and what else fills them does alike.
     "redis_state": {
-        "ratelimit": {"MICROSECONDS", "Caller", "RateLimiter", "Verdict", "told"},
+        "ratelimit": {"MICROSECONDS", "Caller", "RateLimiter", "Decision", "told"},
         "sessions": {
             "BUSY",
-            "ISSUED",
+            "ISSUED_ID",
             "LOST",
             "UNAVAILABLE",
             "Session",
@@ -78,7 +78,7 @@ def test_no_import_hides_in_a_function_unless_it_is_an_optional_extras(name: str
         for module, _ in imports(function)
     }
     # Redis' client is loaded where STATE_URL names one.
-    assert hidden == ({("make_state", "redis_state")} if name == "service" else set())
+    assert hidden == ({("create_state", "redis_state")} if name == "service" else set())
     assert name == "redis_state" or "redis" not in {module for module, _ in imports(TREES[name])}
 
 

@@ -149,7 +149,7 @@ async def test_the_callers_count_every_piece_however_it_comes(
         answers += await closed_loop(questions, request, 2, 0.01)
     assert len(answers) >= 5
     for answer in answers:
-        assert (answer.status, answer.pieces) == (200, 3)
+        assert (answer.status, answer.chunks) == (200, 3)
         assert answer.asked < answer.first <= answer.last <= answer.ended
 
 

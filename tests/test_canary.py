@@ -18,7 +18,7 @@ from server import Drain
 from service import create_app
 from settings import from_env
 from tests.client import CANARY, JSON, Client
-from tests.conftest import PATIENCE_SECONDS, StartUpstream, give_back
+from tests.conftest import PATIENCE_SECONDS, StartUpstream, run_lifespan
 from tests.test_architecture import MODULES
 from tests.test_telemetry import a_log
 from tests.upstream import Connection, delta, event, http_chunk, response
@@ -53,7 +53,7 @@ async def echo(request: Connection) -> None:
             await request.send(http_chunk(delta("lo"))[:10])
             request.reset()
         case _:
-            await request.answer("Hel", "lo")
+            await request.complete("Hel", "lo")
 
 
 FAULTS = ("refuses", "page", "phrase", "headers", "breaks", "nonsense", "hangs", "answers")
@@ -82,21 +82,21 @@ async def answers_to_all(url: str) -> bytes:
                 client = await Client.connect(url)
                 fields = {"message": f"{MESSAGE} {fault}", "model_id": model}
                 headers = {**JSON, "authorization": f"Bearer {key}", "x-request-id": "mine"}
-                reply = await client.ask(
+                reply = await client.request(
                     "POST", "/api/v1/chat", json.dumps(fields).encode(), headers
                 )
                 answers += repr(reply.headers).encode() + await reply.body()
-                client.leave()
+                client.disconnect()
     for method, path, headers in MISTAKES:
         client = await Client.connect(url)
         body = json.dumps({"message": MESSAGE}).encode()
-        reply = await client.ask(method, path, body, {**JSON, **headers})
+        reply = await client.request(method, path, body, {**JSON, **headers})
         answers += repr(reply.headers).encode() + await reply.body()
-        client.leave()
+        client.disconnect()
     client = await Client.connect(url)
     refused = await client.chat(f"{MESSAGE} {'x' * 9000}", message2=MESSAGE)
-    answers += await refused.body() + await (await client.ask("GET", "/metrics")).body()
-    client.leave()
+    answers += await refused.body() + await (await client.request("GET", "/metrics")).body()
+    client.disconnect()
     return answers
 
 
@@ -165,4 +165,4 @@ async def test_no_object_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "".join(f"{thing!r} {thing!s}" for thing in [*ours, app, settings])
     shown += repr(settings.model_dump())
     assert [key for key in KEYS if key in shown] == []
-    await give_back(app)
+    await run_lifespan(app)

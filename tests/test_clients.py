@@ -34,7 +34,7 @@ async def hello(request: Connection) -> None:
 
 
 async def answer(request: Connection) -> None:
-    await request.answer("Hel", "lo")
+    await request.complete("Hel", "lo")
 
 
 async def flood(request: Connection) -> None:
@@ -51,7 +51,7 @@ Leaving = Callable[[Client], Awaitable[None]]
 
 
 async def resets(client: Client) -> None:
-    client.leave()
+    client.disconnect()
 
 
 async def closes(client: Client) -> None:
@@ -76,7 +76,7 @@ async def test_a_client_that_leaves_ends_its_answer(leaving: Leaving, said: str)
         await leaving(client)
         await request.closed.wait()
         line = await play.line()
-        assert (line["outcome"], line["level"]) == ("client_gone", "info")
+        assert (line["outcome"], line["level"]) == ("client_disconnected", "info")
         assert line["status"] == (200 if said else None)
         assert await play.history() == ([(said, False)] if said else [])
         await play.nothing_held()
@@ -97,9 +97,9 @@ async def test_a_client_that_asked_for_more_and_leaves_ends_its_answer(
             await play.app.get("/healthz")
         if said:
             assert (await (await client.head()).event())["chunk"] == said
-        client.leave()
+        client.disconnect()
         await request.closed.wait()
-        assert (await play.line())["outcome"] == "client_gone"
+        assert (await play.line())["outcome"] == "client_disconnected"
         assert await play.history() == ([(said, False)] if said else [])
         await play.nothing_held()
 
@@ -110,7 +110,7 @@ async def test_of_two_requests_sent_at_once_the_first_is_answered(later: bool) -
 
     async def script(request: Connection) -> None:
         await going.wait()
-        await request.answer("Hel", "lo")
+        await request.complete("Hel", "lo")
 
     async with scene(script) as play:
         client = await play.app.connect()
@@ -159,7 +159,7 @@ async def test_a_client_that_takes_nothing_is_cut(reading: bool, behind: bytes) 
         await play.nothing_held()
         if trickling:
             trickling.cancel()
-        client.leave()
+        client.disconnect()
 
 
 @slow
@@ -168,7 +168,7 @@ async def test_a_client_that_takes_no_answer_is_cut_whatever_it_asked_for() -> N
         other = await play.app.connect()
         client = await small_client(play.app.url)
         play.app.clients.append(client)
-        await (await other.ask("GET", "/healthz")).body()
+        await (await other.request("GET", "/healthz")).body()
         held = open_files()
         sent = 0
         while open_files() == held:
@@ -177,7 +177,7 @@ async def test_a_client_that_takes_no_answer_is_cut_whatever_it_asked_for() -> N
             if sum(line["route"] == "/openapi.json" for line in lines) == sent:
                 client.writer.write(b"GET /openapi.json HTTP/1.1\r\n\r\n")
                 sent += 1
-            await (await other.ask("GET", "/healthz")).body()
+            await (await other.request("GET", "/healthz")).body()
         assert open_files() == held - 1
 
 
@@ -221,7 +221,7 @@ async def test_a_body_in_drips_is_answered_408() -> None:
 
 async def test_a_request_without_a_body_is_answered_400() -> None:
     async with scene(answer) as play:
-        reply = await (await play.app.connect()).ask("POST", "/api/v1/chat", None, JSON)
+        reply = await (await play.app.connect()).request("POST", "/api/v1/chat", None, JSON)
         assert outcome((await ending(reply))[1]) == "invalid_json"
         assert (await play.line())["outcome"] == "invalid_json"
         await play.nothing_held()
@@ -231,10 +231,10 @@ async def test_a_client_that_leaves_in_its_body_is_gone() -> None:
     async with scene(answer) as play:
         client = await play.app.connect()
         client.writer.write(raw(CHAT[:5], 100))
-        while not await play.app.metric("chat_open_streams"):
+        while not await play.app.metric("chat_active_streams"):
             pass
-        client.leave()
-        assert (await play.line())["outcome"] == "client_gone"
+        client.disconnect()
+        assert (await play.line())["outcome"] == "client_disconnected"
         await play.nothing_held()
 
 
@@ -319,15 +319,15 @@ async def test_one_session_has_one_answer_at_a_time_and_is_not_deleted_meanwhile
         client = await play.app.connect()
         reply = await client.chat(session_id=SESSION)
         await reply.event()
-        second = await play.ask()
+        second = await play.request()
         assert (second.status, second.headers["retry-after"]) == (409, "1")
         assert outcome((await ending(second))[1]) == "session_busy"
-        deleting = await (await play.app.connect()).ask("DELETE", f"/api/v1/sessions/{SESSION}")
+        deleting = await (await play.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
         assert outcome((await ending(deleting))[1]) == "session_busy"
         assert len(play.upstream.requests) == 1
-        client.leave()
+        client.disconnect()
         outcomes = {(await play.line(number))["outcome"] for number in (0, 1)}
-        assert outcomes == {"client_gone", "session_busy"}
+        assert outcomes == {"client_disconnected", "session_busy"}
         assert await play.history() == [("Hel", False)]
         await play.nothing_held()
 
@@ -352,13 +352,13 @@ def held(file: Path) -> Iterator[None]:
 async def test_a_store_that_can_not_open_a_session_is_answered_503(file: Path) -> None:
     async with scene(answer, STATE_URL=f"sqlite:///{file}") as play:
         with held(file):
-            reply = await play.ask()
+            reply = await play.request()
             assert (reply.status, reply.headers["retry-after"]) == (503, "1")
             assert outcome((await ending(reply))[1]) == "state_unavailable"
             assert (await play.line())["outcome"] == "state_unavailable"
             assert play.upstream.requests == []
-            assert await play.app.metric("chat_open_streams") == 0
-        assert outcome((await ending(await play.ask()))[1]) == "done"
+            assert await play.app.metric("chat_active_streams") == 0
+        assert outcome((await ending(await play.request()))[1]) == "done"
         await play.nothing_held()
 
 
@@ -376,7 +376,7 @@ async def test_a_store_that_can_not_append_a_turn_says_so_in_the_end(file: Path,
     fields = {"session_id": SESSION if said else None}
     env = {"STATE_URL": f"sqlite:///{file}"}
     async with scene(script, **env) as play:
-        asking = asyncio.ensure_future(play.ask(**fields))
+        asking = asyncio.ensure_future(play.request(**fields))
         await play.upstream.request()
         with held(file):
             going.set()
@@ -408,9 +408,9 @@ async def test_a_turn_is_kept_whole_when_its_client_leaves_while_it_is_stored(fi
         with held(file):
             going.set()
             await (await play.upstream.request()).closed.wait()
-            client.leave()
+            client.disconnect()
             await client.closed()
-        assert (await play.line())["outcome"] == "client_gone"
+        assert (await play.line())["outcome"] == "client_disconnected"
         assert await play.history() == [("Hel", True)]
         await play.nothing_held()
 
@@ -420,11 +420,11 @@ async def test_a_client_that_leaves_while_its_session_is_opened_gives_it_back(fi
         client = await play.app.connect()
         with held(file):
             client.writer.write(raw())
-            while not await play.app.metric("chat_open_streams"):
+            while not await play.app.metric("chat_active_streams"):
                 pass
-            client.leave()
+            client.disconnect()
             await client.closed()
-        assert (await play.line())["outcome"] == "client_gone"
+        assert (await play.line())["outcome"] == "client_disconnected"
         await play.upstreams_closed()
         assert await play.history() == []
         await play.nothing_held()
@@ -440,13 +440,13 @@ async def test_no_session_stays_locked_when_many_could_not_be_stored(file: Path)
             await (await client.chat(session_id=name)).event()
         with held(file):
             for client in clients:
-                client.leave()
+                client.disconnect()
             for number in range(len(names)):
                 await play.line(number)
         asker = await play.app.connect()
         deleted = []
         for name in names:
-            reply = await asker.ask("DELETE", f"/api/v1/sessions/{name}")
+            reply = await asker.request("DELETE", f"/api/v1/sessions/{name}")
             await reply.body()
             deleted.append(reply.status)
         assert deleted == [204] * len(names)

@@ -21,7 +21,7 @@ import anyio
 import pytest
 import yaml
 
-from tests.client import CANARY, Reply
+from tests.client import CANARY, Response
 from tests.container import (
     CGROUP,
     DOCKERFILE,
@@ -93,10 +93,10 @@ class Held:
 
 
 async def hello(request: Connection) -> None:
-    await request.answer("Hel", "lo")
+    await request.complete("Hel", "lo")
 
 
-async def ask(container: Container, session_id: str = "demo") -> Reply:
+async def ask(container: Container, session_id: str = "demo") -> Response:
     return await (await container.connect()).chat("Hi", session_id=session_id)
 
 
@@ -106,8 +106,8 @@ async def asked(container: Container) -> tuple[str, str]:
     return text, outcome(last)
 
 
-async def get(container: Container, path: str) -> Reply:
-    return await (await container.connect()).ask("GET", path)
+async def get(container: Container, path: str) -> Response:
+    return await (await container.connect()).request("GET", path)
 
 
 # ---- what is in it, and what it may do

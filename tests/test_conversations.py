@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from settings import SettingsError, from_env
-from tests.client import Reply
+from tests.client import Response
 from tests.conftest import Running, StartService, StartUpstream, running_service
 from tests.test_service import openai
 from tests.test_sessions import (
@@ -36,8 +36,8 @@ def file(tmp_path: Path) -> Path:
 
 
 async def repeat(request: Connection) -> None:
-    """Answers with the newest message, in two pieces."""
-    await request.answer("You said ", request.body["messages"][-1]["content"])
+    """Answers with the newest message, in two chunks."""
+    await request.complete("You said ", request.body["messages"][-1]["content"])
 
 
 def first(script: Script) -> Script:
@@ -84,10 +84,10 @@ def stored_in(file: Path, **more: str) -> dict[str, str]:
 
 async def on_session(
     app: Running, method: str, session_id: str, headers: Headers | None = None
-) -> Reply:
+) -> Response:
     """GET or DELETE, on a connection of its own."""
     client = await app.connect()
-    return await client.ask(method, f"/api/v1/sessions/{session_id}", headers=headers)
+    return await client.request(method, f"/api/v1/sessions/{session_id}", headers=headers)
 
 
 async def remembered(
@@ -113,7 +113,7 @@ def sent(*lines: tuple[str, str, bool]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content, _ in lines]
 
 
-async def refusal(reply: Reply) -> tuple[int, str]:
+async def classify_error(reply: Response) -> tuple[int, str]:
     return reply.status, (await reply.json())["error"]["code"]
 
 
@@ -183,9 +183,9 @@ async def test_a_session_is_shown_as_the_contract_says(
     times.append(view["expires_at"])
     for text in times:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text)
-    created_at, asked_at, told_at, expires_at = map(datetime.fromisoformat, times)
+    created_at, message_at, told_at, expires_at = map(datetime.fromisoformat, times)
     # Shown are whole milliseconds, what is less cut off.
-    assert before - timedelta(milliseconds=1) <= created_at <= asked_at <= told_at <= after
+    assert before - timedelta(milliseconds=1) <= created_at <= message_at <= told_at <= after
     assert abs(expires_at - told_at - timedelta(seconds=90)) <= timedelta(milliseconds=1)
 
 
@@ -219,7 +219,7 @@ async def test_what_was_said_of_an_answer_that_was_cut_is_kept_as_it_stands(
     reply = await client.chat("Hi", session_id="mine")
     assert (await reply.event())["chunk"] == "You sa"
     if script is say_and_hold:
-        client.leave()
+        client.disconnect()
     else:
         assert (await reply.event())["status"] == "error"
     await app.log.request()
@@ -228,7 +228,7 @@ async def test_what_was_said_of_an_answer_that_was_cut_is_kept_as_it_stands(
     await (await app.chat("Go on", session_id="mine")).events()
     assert provider.requests[1].body["messages"] == sent(*cut, ("user", "Go on", True))
     assert await remembered(app, "mine") == [*cut, *answered("Go on")]
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 async def test_a_client_that_leaves_before_the_first_piece_leaves_a_session_without_turns(
@@ -243,14 +243,14 @@ async def test_a_client_that_leaves_before_the_first_piece_leaves_a_session_with
     asking = asyncio.create_task(client.chat("Hi", session_id="mine"))
     await provider.request()
     assert await remembered(app, "mine") == []
-    client.leave()
+    client.disconnect()
     await asyncio.wait([asking])
     assert asking.exception() is not None
-    assert (await app.log.request(1))["outcome"] == "client_gone"
+    assert (await app.log.request(1))["outcome"] == "client_disconnected"
     assert await remembered(app, "mine") == []
     await (await app.chat("Hello?", session_id="mine")).events()
     assert provider.requests[1].body["messages"] == sent(("user", "Hello?", True))
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 @pytest.mark.parametrize(("script", "status"), [(refuse, 502), (say_nothing, 200)])
@@ -294,7 +294,7 @@ async def test_whatever_a_provider_sends_an_answer_ends_once_and_its_session_is_
     client = await app.connect()
     reply = await client.chat("Hi", session_id="mine")
     await app.log.request()
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
     assert (await app.chat("Hello?", session_id="mine")).status == 200
     if reply.status == 200:
         assert "status" in (await reply.events())[-1]
@@ -316,7 +316,7 @@ async def test_an_answer_that_cannot_be_stored_ends_in_an_error_and_the_next_one
     assert await remembered(app, "mine") == answered("one")
     await (await app.chat("three", session_id="mine")).events()
     assert await remembered(app, "mine") == answered("one", "three")
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 @pytest.mark.parametrize(("session_id", "asked"), [("mine", 0), (None, 1)])
@@ -332,10 +332,10 @@ async def test_where_nothing_was_sent_a_session_that_cannot_be_stored_is_a_503(
     with storing_fails(file):
         reply = await app.chat("Hi", session_id=session_id)
     assert reply.headers["retry-after"] == "1"
-    assert await refusal(reply) == (503, "state_unavailable")
+    assert await classify_error(reply) == (503, "state_unavailable")
     assert len(provider.requests) == asked
     assert (await (await app.chat("Hi", session_id=session_id)).events())[-1]["status"] == "done"
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 async def test_while_another_process_holds_the_file_answers_end_in_errors_and_nothing_is_lost(
@@ -382,7 +382,7 @@ async def test_of_fifty_requests_at_once_in_one_session_one_is_answered_and_then
     for reply in replies:
         if reply is not streaming:
             assert reply.headers["retry-after"] == "1"
-            assert await refusal(reply) == (409, "session_busy")
+            assert await classify_error(reply) == (409, "session_busy")
     assert (await streaming.event())["chunk"] == "You sa"
     assert len(provider.requests) == 1
     await provider.requests[0].more(delta(finish_reason="stop"), DONE)
@@ -407,19 +407,19 @@ async def test_a_session_can_be_read_while_it_answers_and_deleted_afterwards(
     assert await remembered(app, session_id) == answered("one")
     busy = await on_session(app, "DELETE", session_id)
     assert busy.headers["retry-after"] == "1"
-    assert await refusal(busy) == (409, "session_busy")
-    client.leave()
+    assert await classify_error(busy) == (409, "session_busy")
+    client.disconnect()
     await provider.requests[1].closed.wait()
-    assert (await app.log.request(3))["outcome"] == "client_gone"
+    assert (await app.log.request(3))["outcome"] == "client_disconnected"
     deleted = await on_session(app, "DELETE", session_id)
     assert (deleted.status, await deleted.body()) == (204, b"")
     for method in ("GET", "DELETE"):
         gone = await on_session(app, method, session_id)
-        assert await refusal(gone) == (404, "session_not_found")
+        assert await classify_error(gone) == (404, "session_not_found")
     provider.script = repeat
     again = await app.chat("three", session_id=session_id)
     if issued:
-        assert await refusal(again) == (404, "session_not_found")
+        assert await classify_error(again) == (404, "session_not_found")
     else:
         assert (await again.events())[-1]["status"] == "done"
         assert await remembered(app, session_id) == answered("three")
@@ -428,7 +428,7 @@ async def test_a_session_can_be_read_while_it_answers_and_deleted_afterwards(
 async def test_the_route_of_a_session_names_all_its_methods(service: StartService) -> None:
     reply = await on_session(await service(), "PUT", "mine")
     assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
-    assert await refusal(reply) == (405, "method_not_allowed")
+    assert await classify_error(reply) == (405, "method_not_allowed")
 
 
 KEYS = {"app": "app-key-0123456789abcdef", "web": "web-key-0123456789abcdef"}
@@ -477,7 +477,7 @@ async def test_an_id_of_ones_own_choice_is_private_to_the_key_or_the_address(
     if not shared:
         for method in ("GET", "DELETE"):
             unknown = await on_session(app, method, "demo", other)
-            assert await refusal(unknown) == (404, "session_not_found")
+            assert await classify_error(unknown) == (404, "session_not_found")
     await (await app.chat("theirs", headers=other, session_id="demo")).events()
     before = answered("mine") if shared else []
     assert provider.requests[1].body["messages"] == sent(*before, ("user", "theirs", True))
@@ -514,7 +514,7 @@ async def test_an_issued_id_is_its_holders_and_one_issued_to_a_key_that_keys(
     assert errors[0] == errors[1], "whose it is and whether it is must look alike"
     for method in ("GET", "DELETE"):
         unknown = await on_session(app, method, issued, user)
-        assert await refusal(unknown) == (404, "session_not_found")
+        assert await classify_error(unknown) == (404, "session_not_found")
     assert len(provider.requests) == 1
     assert await remembered(app, issued, holder) == answered("one")
 
@@ -568,7 +568,7 @@ async def test_a_caller_without_a_readable_address_may_not_choose_an_id(
     app = await callers_service(service, provider)
     nowhere = from_address("unknown")
     reply = await app.chat("Hi", headers=nowhere, session_id="demo")
-    assert await refusal(reply) == (422, "invalid_request")
+    assert await classify_error(reply) == (422, "invalid_request")
     reply = await app.chat("Hi", headers=nowhere)
     issued = reply.headers["x-session-id"]
     await reply.events()

@@ -39,7 +39,7 @@ async def exposition(service: StartService, upstream: StartUpstream) -> str:
         if len(provider.requests) == 1:
             await request.send(response(500, b"{}"))
         else:
-            await request.answer("Hel", "lo")
+            await request.complete("Hel", "lo")
 
     provider = await upstream(script)
     app = await service(

@@ -11,7 +11,7 @@ import yaml
 from compose_spec import PyCompose
 
 from server import CUT_SECONDS
-from settings import SECRETS, Settings, variables
+from settings import SECRETS, Settings, variable_names
 from tests.container import context
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_replicas_believe_their_balancer_and_share_one_redis_that_forgets_nothin
     assert re.findall("server (.+):8000;", nginx) == ["chat-1", "chat-2"]
     for name in ("chat-1", "chat-2"):
         env = services[name]["environment"]
-        assert env.keys() <= {*variables(), *(f"{secret}_FILE" for secret in SECRETS)}
+        assert env.keys() <= {*variable_names(), *(f"{secret}_FILE" for secret in SECRETS)}
         assert env["STATE_URL"] == "redis://redis:6379/0"
         assert network == [{"subnet": env["FORWARDED_ALLOW_IPS"]}]
         assert float(services[name]["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 2
@@ -83,7 +83,7 @@ def test_replicas_believe_their_balancer_and_share_one_redis_that_forgets_nothin
 def test_a_sidecar_never_falls_back_on_the_mock_and_is_told_nothing_unknown(
     container: dict[str, Any],
 ) -> None:
-    known = {*variables(), *(f"{secret}_FILE" for secret in SECRETS)}
+    known = {*variable_names(), *(f"{secret}_FILE" for secret in SECRETS)}
     assert container["env" if "env" in container else "environment"].keys() <= known
     env = container.get("env") or container["environment"]
     assert env["DEFAULT_PROVIDER"] == "openai"

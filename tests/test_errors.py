@@ -8,16 +8,7 @@ import pytest
 from pydantic_core import from_json, to_json
 
 import errors
-from errors import (
-    Code,
-    ErrorBody,
-    FieldProblem,
-    InvalidRequest,
-    RateLimited,
-    ServiceError,
-    UpstreamError,
-    UpstreamUnavailable,
-)
+from errors import Code, ErrorBody, FieldProblem, ServiceError
 
 # The table of api.md: status, code, and whether it says to try again.
 CONTRACT = {
@@ -76,11 +67,11 @@ def test_the_drawn_tree_is_the_tree() -> None:
     ("error", "told"),
     [
         (
-            RateLimited("Wait 6 s.", retry_after=6),
+            ServiceError("rate_limited", "Wait 6 s.", retry_after=6),
             {"code": "rate_limited", "message": "Wait 6 s.", "retryable": True, "retry_after": 6},
         ),
         (
-            UpstreamError("Failed."),
+            ServiceError("upstream_error", "Failed."),
             {
                 "code": "upstream_error",
                 "message": "Failed.",
@@ -89,7 +80,8 @@ def test_the_drawn_tree_is_the_tree() -> None:
             },
         ),
         (
-            InvalidRequest(
+            ServiceError(
+                "invalid_request",
                 FieldProblem(field="message", message="is required"),
                 FieldProblem(field="model_id", message="must be a string"),
             ),
@@ -113,7 +105,9 @@ def test_a_body_holds_the_error_and_the_request_id_and_only_bad_fields_add_their
     assert from_json(body) == {"error": told, "id": "req_1"}
 
 
-@pytest.mark.parametrize(("kind", "advice"), [(UpstreamError, True), (UpstreamUnavailable, False)])
+@pytest.mark.parametrize(
+    ("kind", "advice"), [("upstream_error", True), ("upstream_unavailable", False)]
+)
 def test_one_failure_may_advise_otherwise_than_its_kind(
     kind: type[ServiceError], advice: bool
 ) -> None:
@@ -122,4 +116,4 @@ def test_one_failure_may_advise_otherwise_than_its_kind(
 
 
 def test_an_error_prints_as_its_message() -> None:
-    assert str(UpstreamError("It failed.")) == "It failed."
+    assert str(ServiceError("upstream_error", "It failed.")) == "It failed."

@@ -129,7 +129,7 @@ async def test_a_careless_client_is_found_out() -> None:
     found = await wrong(sys.executable, "-c", CARELESS)
     [unicode] = found.pop("mock/unicode: done")
     assert unicode.startswith("printed 'naïve")
-    [large] = found.pop("a piece of 100 kB: done")
+    [large] = found.pop("a chunk of 100 kB: done")
     assert large.startswith("printed 'This is a mock")
     whole = "ended with 0, as if the answer were whole"
     codes = {

@@ -67,7 +67,7 @@ async def check(fault: Fault, opening: bytes = b"", said: str = "") -> None:
     async with scene(
         script, **{**fault.env, **({"HEARTBEAT_SECONDS": "0.2"} if said else {})}
     ) as play:
-        reply = await play.ask()
+        reply = await play.request()
         if said:
             assert (await reply.event())["chunk"] == said
             begun.set()
@@ -145,7 +145,7 @@ def for_ever(part: bytes, *opening: bytes, seconds: float = 0.02) -> Script:
 
 async def late_head(request: Connection) -> None:
     await request.closed.wait()
-    await request.answer("too late")
+    await request.complete("too late")
 
 
 HEADERS: dict[str, Fault] = {
@@ -169,7 +169,7 @@ async def test_a_provider_without_a_head_is_answered_for(fault: Fault) -> None:
     await check(fault)
 
 
-# ---- a stream that goes wrong, before its first piece and after it
+# ---- a stream that goes wrong, before its first chunk and after it
 
 
 def chunks(*events: bytes) -> bytes:
@@ -324,7 +324,7 @@ async def test_an_answer_without_an_end_is_cut_at_4_mib(opening: tuple[bytes, ..
             sent += len(part)
 
     async with scene(flood) as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         # After its finish the answer is whole, whatever else is sent.
         assert outcome(last) in (("done", "upstream_error") if opening else ("upstream_error",))
         assert len(text) <= 2**22
@@ -342,7 +342,7 @@ async def test_a_gap_is_noticed_however_long_the_heartbeat() -> None:
         await request.closed.wait()
 
     async with scene(script, IDLE_TIMEOUT_SECONDS="0.1", HEARTBEAT_SECONDS="3600") as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (text, outcome(last)) == ("Hel", "upstream_timeout")
 
 
@@ -458,9 +458,9 @@ async def test_what_precedes_the_answer_proper_is_passed_over() -> None:
     async def script(request: Connection) -> None:
         early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
         await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
-        await request.answer("Hel", "lo")
+        await request.complete("Hel", "lo")
 
     async with scene(script) as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (text, outcome(last)) == ("Hello", "done")
         await play.nothing_held()

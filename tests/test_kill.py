@@ -25,7 +25,7 @@ import h11
 import pytest
 
 from tests.conftest import PATIENCE_SECONDS, Log, Running, StartUpstream
-from tests.test_conversations import answered, on_session, refusal, remembered, repeat, sent
+from tests.test_conversations import answered, classify_error, on_session, remembered, repeat, sent
 from tests.test_service import openai
 from tests.upstream import DONE, END, Connection, delta
 
@@ -65,7 +65,7 @@ async def running_process(
         yield running, process
     finally:
         for client in running.clients:
-            client.leave()
+            client.disconnect()
         if process.returncode is None:
             process.kill()
         await process.wait()
@@ -288,7 +288,7 @@ async def test_while_the_disk_is_full_answers_end_in_errors_and_afterwards_all_i
                 assert [each.get("chunk") for each in events] == ["You said ", "two", None]
                 assert events[-1]["error"]["code"] == "state_unavailable"
                 unsaid = await app.chat("two", session_id="new")
-                assert await refusal(unsaid) == (503, "state_unavailable")
+                assert await classify_error(unsaid) == (503, "state_unavailable")
                 assert await remembered(app, "mine") == answered("one")
             assert await said_to_the_end(app, "three", "mine") == "done"
             assert await said_to_the_end(app, "two", "new") == "done"

@@ -19,7 +19,7 @@ from server import Drain
 from service import EXPOSED_HEADERS, create_app
 from settings import from_env
 from telemetry import RequestContext
-from tests.conftest import StartService, give_back
+from tests.conftest import StartService, run_lifespan
 from tools.openapi import FILE, HEADERS, ROOT, WHEN, Models, SessionView, document, text
 
 BIN = Path(sys.executable).parent
@@ -50,7 +50,7 @@ def test_the_file_is_what_the_models_say() -> None:
 async def test_it_has_every_route_and_no_other() -> None:
     settings = from_env({"STATE_URL": "memory://"})
     app: Any = create_app(settings, logging.Logger("test"), Drain())
-    await give_back(app)
+    await run_lifespan(app)
     while isinstance(app, RequestContext | TrustedHostMiddleware):
         app = app.app
     routes = {(route.path, method) for route in app.routes for method in route.methods - {"HEAD"}}

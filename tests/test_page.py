@@ -46,7 +46,7 @@ async def test_a_whole_conversation(service: StartService, browse: Browse) -> No
     await tab.say("Hello <b>there</b>")
     assert "a mock: no model is behind it" in await tab.ended()
     assert not await tab.page.is_visible("#about")
-    assert (await tab.answer()).endswith("You said: Hello <b>there</b>")
+    assert (await tab.response_text()).endswith("You said: Hello <b>there</b>")
     assert await tab.page.input_value("#message") == ""
     await tab.say("And again", "mock/lorem-100")
     assert "mock/lorem-100" in await tab.ended(2)
@@ -76,7 +76,7 @@ async def test_pieces_are_shown_as_they_arrive_and_finished_blocks_are_left_alon
     assert await tab.page.get_attribute(".assistant", "aria-busy") == "true"
     seen.set()
     await tab.ended()
-    assert await tab.answer() == "First.\n\nSecond and more."
+    assert await tab.response_text() == "First.\n\nSecond and more."
     assert await tab.page.evaluate("document.querySelector('.assistant .text p').seen") is True
     assert await tab.page.get_attribute(".assistant", "aria-busy") is None
 
@@ -100,7 +100,7 @@ async def test_ten_thousand_pieces_are_drawn_at_most_once_a_frame(
     )
     await tab.say("Hello")
     assert "mock/lorem-10000" in await tab.ended()
-    assert len((await tab.answer()).split()) == 10_000
+    assert len((await tab.response_text()).split()) == 10_000
     draws, frames = await tab.page.evaluate("[draws, frames_seen]")
     # The ending draws once more, outside of a frame.
     assert 0 < draws <= frames + 1
@@ -118,10 +118,10 @@ async def test_stop_closes_the_line_to_the_provider_and_keeps_what_was_said(
     await tab.page.click("#stop")
     assert await tab.ended() == "Stopped. The assistant remembers what it said."
     await (await provider.request()).closed.wait()
-    assert (await app.log.request(-1))["outcome"] == "client_gone"
+    assert (await app.log.request(-1))["outcome"] == "client_disconnected"
     assert await tab.page.is_enabled("#send")
     await tab.reload()
-    assert await tab.answer() == "So far"
+    assert await tab.response_text() == "So far"
     assert await tab.ended() == "This answer was cut off."
 
 
@@ -144,7 +144,7 @@ async def test_a_reload_in_the_middle_of_an_answer_shows_what_was_said(
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
     await tab.reload()
-    assert await tab.answer() == "So far"
+    assert await tab.response_text() == "So far"
     assert await tab.ended() == "This answer was cut off."
 
 
@@ -163,7 +163,7 @@ async def test_a_reload_keeps_conversation_model_and_key_and_new_begins_another(
     await tab.ended(2)
     await tab.reload()
     assert await tab.page.locator("article").count() == 2
-    assert (await tab.answer()).endswith("You said: Hello")
+    assert (await tab.response_text()).endswith("You said: Hello")
     assert await tab.page.input_value("#model") == "mock/echo"
     first = await tab.session()
     await tab.page.click("#new")
@@ -254,7 +254,7 @@ async def test_a_conversation_that_has_ended_meanwhile(
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
-    await (await app.connect()).ask("DELETE", f"/api/v1/sessions/{await tab.session()}")
+    await (await app.connect()).request("DELETE", f"/api/v1/sessions/{await tab.session()}")
     await tab.say("Still there?")
     assert "has ended, or is not yours. Start a new one." in await tab.ended(2)
     await tab.reload()
@@ -284,13 +284,13 @@ async def test_a_conversation_that_has_ended_meanwhile(
 async def test_each_ending_is_told(
     service: StartService, browse: Browse, model: str, text: str, told: str
 ) -> None:
-    # Between the pieces of mock/slow there are heartbeats, which show nothing.
+    # Between the chunks of mock/slow there are heartbeats, which show nothing.
     limits = {"FIRST_TOKEN_TIMEOUT_SECONDS": "2", "HEARTBEAT_SECONDS": "0.1"}
     app = await service(MAX_RETRIES="0", **limits)
     tab = await browse(app.url)
     await tab.say("Hello", f"mock/{model}")
     assert told in await tab.ended()
-    assert text in await tab.answer()
+    assert text in await tab.response_text()
 
 
 async def test_an_error_shows_its_request_id_to_copy_and_can_be_tried_again(
@@ -358,7 +358,7 @@ async def test_a_line_that_is_cut_is_told_as_what_it_is(
     line.cut()
     problem = await tab.ended()
     assert "The connection was cut before the answer ended" in problem
-    assert await tab.answer() == "So far"
+    assert await tab.response_text() == "So far"
     await tab.say("Still there?")
     assert "be reached. See that it runs" in await tab.ended(2)
     assert [trouble for trouble in tab.troubles if "net::ERR_" not in trouble] == []
@@ -399,7 +399,7 @@ HOSTILE = """<script>document.title = "run"</script><img src=x onerror="document
 async def test_a_hostile_answer_runs_nothing_and_loads_nothing(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    provider = await upstream(lambda c: c.answer(HOSTILE[:40], HOSTILE[40:]))
+    provider = await upstream(lambda c: c.complete(HOSTILE[:40], HOSTILE[40:]))
     app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
@@ -417,11 +417,11 @@ async def test_a_hostile_answer_runs_nothing_and_loads_nothing(
     assert {tuple(link) for link in links} == {("https:", "noopener noreferrer", "_blank")}
     handlers = "//*[@*[starts-with(name(), 'on')]]"
     assert await tab.page.locator(handlers).count() == 0
-    text = await tab.answer()
+    text = await tab.response_text()
     assert '<script>document.title = "run"</script>' in text
     assert "esrever ab" in text
     await tab.reload()
-    assert await tab.answer() == text
+    assert await tab.response_text() == text
     assert await tab.page.title() == "chat-sidecar"
 
 
@@ -519,7 +519,7 @@ ELEMENTS = """() => {
 async def test_markdown_is_shown_the_same_piece_by_piece_and_at_once(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    provider = await upstream(lambda connection: connection.answer(*MARKDOWN))
+    provider = await upstream(lambda connection: connection.complete(*MARKDOWN))
     app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
@@ -554,7 +554,7 @@ TABLES = {
 async def test_a_table_is_what_github_takes_for_one(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    provider = await upstream(lambda c: c.answer(c.body["messages"][-1]["content"]))
+    provider = await upstream(lambda c: c.complete(c.body["messages"][-1]["content"]))
     app = await service(**openai(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url)
     for number, (markdown, shown) in enumerate(TABLES.items(), 1):
@@ -571,13 +571,13 @@ async def test_a_small_answer_does_not_make_a_huge_table(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     hostile = f"{'a|' * 1000}\n{'-|' * 1000}\n" + "x\n" * 1000
-    provider = await upstream(lambda connection: connection.answer(hostile))
+    provider = await upstream(lambda connection: connection.complete(hostile))
     app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
     assert await tab.page.locator("td").count() == 2000
-    assert (await tab.answer()).count("x") == 1000
+    assert (await tab.response_text()).count("x") == 1000
 
 
 WIDE = "| One | Two | Three |\n|---|---|---|\n" + f"| {'x' * 40} | {'y' * 40} | {'z' * 40} |\n"
@@ -653,7 +653,7 @@ async def test_code_is_copied_as_it_is(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     answer = "```python\nif a < b:\n    pass\n```\n"
-    provider = await upstream(lambda connection: connection.answer(answer))
+    provider = await upstream(lambda connection: connection.complete(answer))
     app = await service(**openai(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.say("Hello")
@@ -730,7 +730,7 @@ async def test_the_keyboard_reaches_nothing_beneath_header_and_composer(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     answer = "".join(f"[link](https://example.com/) {n}\n\n```\n{n}\n```\n" for n in range(20))
-    provider = await upstream(lambda connection: connection.answer(answer))
+    provider = await upstream(lambda connection: connection.complete(answer))
     app = await service(**openai(provider.url))
     # The smallest that WCAG 2.2 asks for (1.4.10): 1280 pixels at four times the size.
     tab = await browse(app.url, viewport={"width": 320, "height": 640})
@@ -752,12 +752,12 @@ async def test_the_keyboard_reaches_nothing_beneath_header_and_composer(
 async def test_new_text_is_followed_until_the_reader_scrolls_up_however_little(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    pieces = asyncio.Queue[str]()
+    chunks = asyncio.Queue[str]()
 
     async def script(connection: Connection) -> None:
         await connection.stream(delta("Line\n\n" * 100))
         for _ in range(2):
-            await connection.more(delta(await pieces.get()))
+            await connection.more(delta(await chunks.get()))
 
     provider = await upstream(script)
     app = await service(**openai(provider.url))
@@ -772,12 +772,12 @@ async def test_new_text_is_followed_until_the_reader_scrolls_up_however_little(
     await tab.page.mouse.move(400, 300)
     await tab.page.mouse.wheel(0, -20)
     await tab.until(f"{left} > 10")
-    pieces.put_nowait("More.\n\n" * 10)
+    chunks.put_nowait("More.\n\n" * 10)
     await tab.page.locator(".text p", has_text="More.").nth(9).wait_for()
     assert await tab.page.evaluate(left) > 100
     await tab.page.mouse.wheel(0, 2000)
     await tab.until(f"{left} < 2")
-    pieces.put_nowait("And more.\n\n" * 10)
+    chunks.put_nowait("And more.\n\n" * 10)
     await tab.page.locator(".text p", has_text="And more.").nth(9).wait_for()
     await tab.until(f"{left} < 2")
     # What grows at the bottom does not hide the end either.
@@ -799,7 +799,7 @@ async def test_what_one_writes_has_the_direction_of_its_letters(
 async def test_a_screen_reader_is_told_words_apart(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    provider = await upstream(lambda connection: connection.answer("One.\n\nTwo.\n\n- Three"))
+    provider = await upstream(lambda connection: connection.complete("One.\n\nTwo.\n\n- Three"))
     app = await service(**openai(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
@@ -835,7 +835,9 @@ async def test_a_screen_reader_is_told_the_end_of_an_answer_once(
 async def test_axe_finds_nothing(
     service: StartService, upstream: StartUpstream, browse: Browse, size: str, scheme: str
 ) -> None:
-    provider = await upstream(lambda connection: connection.answer(WIDE, "\n", MARKDOWN, "x" * 500))
+    provider = await upstream(
+        lambda connection: connection.complete(WIDE, "\n", MARKDOWN, "x" * 500)
+    )
     app = await service(**openai(provider.url), MODELS="gpt-4o-mini,mock/*")
     tab = await browse(app.url, viewport=SIZES[size], color_scheme=scheme)
 

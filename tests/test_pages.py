@@ -6,8 +6,9 @@ import json
 import re
 from typing import get_args
 
+from service import CONTENT_SECURITY_POLICY, STATIC
+
 from errors import Code
-from pages import STATIC, content_security_policy
 from tests.conftest import StartService
 
 

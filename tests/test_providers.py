@@ -1,4 +1,4 @@
-"""Bytes from a provider to pieces of text, and what is sent to get them. Pure functions where there
+"""Bytes from a provider to chunks of text, and what is sent to get them. Pure functions where there
 is no I/O; everything else over real sockets, through the service."""
 
 import asyncio
@@ -20,14 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from errors import (
-    ContentRefused,
-    ContextTooLong,
-    InvalidRequest,
-    ServiceError,
-    UpstreamError,
-    UpstreamUnavailable,
-)
+from openai_stream import MAX_EVENT_BYTES, CompletionParser, SSEDecoder, classify_error, retry_after
 from providers import (
     MAX_ERROR_BYTES,
     Call,
@@ -35,12 +28,12 @@ from providers import (
     MockProvider,
     Router,
     Target,
-    answer,
-    make_providers,
+    complete,
+    create_providers,
 )
 from settings import SettingsError, from_env
-from tests.client import CANARY, Reply
-from tests.conftest import Running, StartService, StartUpstream
+from tests.client import CANARY, Response
+from tests.conftest import Running, StartService, StartUpstream, raises
 from tests.upstream import (
     DONE,
     END,
@@ -52,7 +45,6 @@ from tests.upstream import (
     http_chunk,
     response,
 )
-from wire import MAX_EVENT_BYTES, ChunkReader, SSEDecoder, refusal, retry_after
 
 KEY = CANARY
 BOM = b"\xef\xbb\xbf"
@@ -66,7 +58,7 @@ def openai(url: str, **more: str) -> dict[str, str]:
 
 
 def cut(stream: bytes, places: Sequence[int]) -> list[bytes]:
-    """`stream` in pieces, cut at these places."""
+    """`stream` in chunks, cut at these places."""
     edges = [0, *sorted(place % (len(stream) + 1) for place in places), len(stream)]
     return [stream[a:b] for a, b in itertools.pairwise(edges)]
 
@@ -246,13 +238,13 @@ def test_a_line_that_comes_byte_by_byte_costs_no_more_for_each_than_a_short_one(
     assert long / short < 30
 
 
-# ---- ChunkReader
+# ---- CompletionParser
 
 
-def read(*cuts: bytes) -> tuple[list[str], ChunkReader]:
-    """The pieces of these bytes, and their reader."""
-    reader = ChunkReader()
-    return [piece for data in cuts for piece in reader.feed(data) or ()], reader
+def read(*cuts: bytes) -> tuple[list[str], CompletionParser]:
+    """The chunks of these bytes, and their reader."""
+    reader = CompletionParser()
+    return [chunk for data in cuts for chunk in reader.feed(data) or ()], reader
 
 
 def sse(*chunks: bytes) -> bytes:
@@ -260,7 +252,7 @@ def sse(*chunks: bytes) -> bytes:
     return b"".join(b"data: %b\n\n" % chunk for chunk in chunks)
 
 
-# What one chunk is: pieces; [] for reasoning alone; None for nothing that shows progress.
+# What one chunk is: chunks; [] for reasoning alone; None for nothing that shows progress.
 CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
     "text": (b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}', ["Hi"]),
     "text that is white space": (b'{"choices":[{"delta":{"content":" \\n"}}]}', [" \n"]),
@@ -311,8 +303,14 @@ CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
         ),
         ["a"],
     ),
-    "a refusal": (b'{"choices":[{"delta":{"content":null,"refusal":"No."}}]}', ["No."]),
-    "content and refusal": (b'{"choices":[{"delta":{"refusal":"b","content":"a"}}]}', ["a", "b"]),
+    "a classify_error": (
+        b'{"choices":[{"delta":{"content":null,"classify_error":"No."}}]}',
+        ["No."],
+    ),
+    "content and classify_error": (
+        b'{"choices":[{"delta":{"classify_error":"b","content":"a"}}]}',
+        ["a", "b"],
+    ),
     "reasoning_content": (
         b'{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}',
         [],
@@ -345,7 +343,7 @@ CHUNKS: dict[str, tuple[bytes, list[str] | None]] = {
 def test_a_chunk_is_pieces_or_a_sign_of_life_or_nothing(
     chunk: bytes, batch: list[str] | None
 ) -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(sse(chunk)) == batch
     assert reader.error is None
     assert not reader.done
@@ -357,13 +355,13 @@ def test_a_chunk_is_pieces_or_a_sign_of_life_or_nothing(
     [b"", b": OPENROUTER PROCESSING\n\n", b"\n\n\n", b"data:\n\n", b"id: 1\nretry: 5\n\n", b"data"],
 )
 def test_what_holds_no_chunk_is_no_sign_of_life(stream: bytes) -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(stream) is None
     assert reader.error is None
 
 
 def test_the_pieces_of_one_read_are_one_batch() -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(delta("a") + delta("b") + b"data: ") == ["a", "b"]
     assert reader.feed(delta("c").removeprefix(b"data: ")) == ["c"]
 
@@ -435,7 +433,7 @@ def test_a_stream_that_names_no_model_and_no_finish_reason_has_none() -> None:
     "end", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n", b"data: [DONE]\r\n\r\n"]
 )
 def test_done_ends_the_stream_and_what_follows_is_not_read(end: bytes) -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(delta("a") + end + delta("b") + end) == ["a"]
     assert reader.feed(delta("c") + sse(b'{"error":"late"}', b"nonsense")) is None
     assert reader.done
@@ -443,65 +441,69 @@ def test_done_ends_the_stream_and_what_follows_is_not_read(end: bytes) -> None:
 
 
 # What one event reports as its failure: the error's class, and whether trying again may help.
-FAILURES: dict[str, tuple[bytes, type[ServiceError], bool]] = {
+FAILURES: dict[str, tuple[bytes, str, bool]] = {
     "an object": (
         b'data: {"error":{"message":"x","type":"server_error","code":null}}\n\n',
-        UpstreamError,
+        "upstream_error",
         True,
     ),
-    "a string": (b'data: {"error":"something broke"}\n\n', UpstreamError, True),
+    "a string": (b'data: {"error":"something broke"}\n\n', "upstream_error", True),
     "beside choices": (
         b'data: {"choices":[{"delta":{"content":"no"}}],"error":{"message":"x"}}\n\n',
-        UpstreamError,
+        "upstream_error",
         True,
     ),
-    "event: error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', UpstreamError, True),
+    "event: error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', "upstream_error", True),
     "event: error without a member of that name": (
         b'event: error\ndata: {"message":"overloaded"}\n\n',
-        UpstreamUnavailable,
+        "upstream_unavailable",
         True,
     ),
-    "event: error with a string": (b'event: error\ndata: "broken"\n\n', UpstreamError, True),
-    "a bare error line": (b'error: {"detail":"x","error":{"message":"x"}}\n', UpstreamError, True),
-    "code 429": (b'data: {"error":{"code":429,"message":"x"}}\n\n', UpstreamUnavailable, True),
-    "code '429'": (b'data: {"error":{"code":"429"}}\n\n', UpstreamUnavailable, True),
-    "code 400": (b'data: {"error":{"code":400,"message":"x"}}\n\n', UpstreamError, False),
-    "code 401": (b'data: {"error":{"code":401,"message":"x"}}\n\n', UpstreamError, False),
-    "code 402": (b'data: {"error":{"code":402,"message":"x"}}\n\n', UpstreamUnavailable, False),
-    "code 502": (b'data: {"error":{"code":502,"message":"x"}}\n\n', UpstreamError, True),
-    "a code that is no status": (b'data: {"error":{"code":1301}}\n\n', UpstreamError, True),
+    "event: error with a string": (b'event: error\ndata: "broken"\n\n', "upstream_error", True),
+    "a bare error line": (
+        b'error: {"detail":"x","error":{"message":"x"}}\n',
+        "upstream_error",
+        True,
+    ),
+    "code 429": (b'data: {"error":{"code":429,"message":"x"}}\n\n', "upstream_unavailable", True),
+    "code '429'": (b'data: {"error":{"code":"429"}}\n\n', "upstream_unavailable", True),
+    "code 400": (b'data: {"error":{"code":400,"message":"x"}}\n\n', "upstream_error", False),
+    "code 401": (b'data: {"error":{"code":401,"message":"x"}}\n\n', "upstream_error", False),
+    "code 402": (b'data: {"error":{"code":402,"message":"x"}}\n\n', "upstream_unavailable", False),
+    "code 502": (b'data: {"error":{"code":502,"message":"x"}}\n\n', "upstream_error", True),
+    "a code that is no status": (b'data: {"error":{"code":1301}}\n\n', "upstream_error", True),
     "overloaded": (
         b'data: {"error":{"type":"overloaded_error","message":"x"}}\n\n',
-        UpstreamUnavailable,
+        "upstream_unavailable",
         True,
     ),
-    "the filter": (b'data: {"error":{"code":"content_filter"}}\n\n', ContentRefused, False),
+    "the filter": (b'data: {"error":{"code":"content_filter"}}\n\n', "content_refused", False),
     "too long": (
         b'data: {"error":{"code":"context_length_exceeded"}}\n\n',
-        ContextTooLong,
+        "context_too_long",
         False,
     ),
     # What makes no sense will hardly make more the next time.
-    "no JSON": (b"data: {oops\n\n", UpstreamError, False),
-    "two values": (b"data: {} {}\n\n", UpstreamError, False),
-    "a list": (b"data: [{}]\n\n", UpstreamError, False),
-    "a number": (b"data: 1\n\n", UpstreamError, False),
-    "a string and no event of that name": (b'data: "a"\n\n', UpstreamError, False),
-    "null": (b"data: null\n\n", UpstreamError, False),
-    "NaN": (b'data: {"usage":{"cost":NaN}}\n\n', UpstreamError, False),
-    "bad UTF-8": (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', UpstreamError, False),
+    "no JSON": (b"data: {oops\n\n", "upstream_error", False),
+    "two values": (b"data: {} {}\n\n", "upstream_error", False),
+    "a list": (b"data: [{}]\n\n", "upstream_error", False),
+    "a number": (b"data: 1\n\n", "upstream_error", False),
+    "a string and no event of that name": (b'data: "a"\n\n', "upstream_error", False),
+    "null": (b"data: null\n\n", "upstream_error", False),
+    "NaN": (b'data: {"usage":{"cost":NaN}}\n\n', "upstream_error", False),
+    "bad UTF-8": (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', "upstream_error", False),
     "half a surrogate pair": (
         b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\n',
-        UpstreamError,
+        "upstream_error",
         False,
     ),
-    "nested too deep": (b"data: " + 1000 * b"[" + 1000 * b"]" + b"\n\n", UpstreamError, False),
-    "choices a number": (b'data: {"choices":1}\n\n', UpstreamError, False),
-    "a choice null": (b'data: {"choices":[null]}\n\n', UpstreamError, False),
-    "a delta of text": (b'data: {"choices":[{"delta":"Hi"}]}\n\n', UpstreamError, False),
+    "nested too deep": (b"data: " + 1000 * b"[" + 1000 * b"]" + b"\n\n", "upstream_error", False),
+    "choices a number": (b'data: {"choices":1}\n\n', "upstream_error", False),
+    "a choice null": (b'data: {"choices":[null]}\n\n', "upstream_error", False),
+    "a delta of text": (b'data: {"choices":[{"delta":"Hi"}]}\n\n', "upstream_error", False),
     "a content of numbers": (
         b'data: {"choices":[{"delta":{"content":[1]}}]}\n\n',
-        UpstreamError,
+        "upstream_error",
         False,
     ),
 }
@@ -509,23 +511,25 @@ FAILURES: dict[str, tuple[bytes, type[ServiceError], bool]] = {
 
 @pytest.mark.parametrize(("failure", "kind", "retryable"), FAILURES.values(), ids=FAILURES)
 def test_a_failure_in_the_stream_ends_it_and_the_pieces_before_it_are_kept(
-    failure: bytes, kind: type[ServiceError], retryable: bool
+    failure: bytes, kind: str, retryable: bool
 ) -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(delta("a") + failure + delta("b") + DONE) == ["a"]
     assert reader.feed(delta("c")) is None
-    assert type(reader.error) is kind
+    assert reader.error
+    assert reader.error.code == kind
     assert reader.error.retryable is retryable
     assert not reader.done
 
 
 def test_an_event_of_more_than_1_mib_ends_the_stream() -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(delta("a") + b"data: ") == ["a"]
     assert reader.feed(b"x" * (MAX_EVENT_BYTES - 6)) is None
     assert reader.error is None
     assert reader.feed(b"x") is None
-    assert isinstance(reader.error, UpstreamError)
+    assert reader.error
+    assert reader.error.code == "upstream_error"
 
 
 def test_what_follows_done_may_be_as_long_as_it_likes() -> None:
@@ -534,7 +538,16 @@ def test_what_follows_done_may_be_as_long_as_it_likes() -> None:
 
 
 NAMES = (
-    *("choices", "delta", "content", "text", "index", "refusal", "reasoning", "reasoning_content"),
+    *(
+        "choices",
+        "delta",
+        "content",
+        "text",
+        "index",
+        "classify_error",
+        "reasoning",
+        "reasoning_content",
+    ),
     *("usage", "x_groq", "model", "finish_reason", "error", "code", "type", "message", "x"),
 )
 scalars = (
@@ -558,7 +571,7 @@ any_choice = st.fixed_dictionaries(
     optional={
         "index": any_json,
         "delta": st.fixed_dictionaries(
-            {}, optional=dict.fromkeys(("content", "refusal", "reasoning"), any_json)
+            {}, optional=dict.fromkeys(("content", "classify_error", "reasoning"), any_json)
         )
         | any_json,
         "finish_reason": any_json,
@@ -590,8 +603,8 @@ def test_no_json_whatever_makes_the_reader_raise(chunks: list[Any]) -> None:
 @given(any_stream | st.binary(max_size=200), any_places)
 def test_no_bytes_whatever_make_the_reader_raise(stream: bytes, places: list[int]) -> None:
     whole, reader = read(stream)
-    pieces, again = read(*cut(stream, places))
-    assert pieces == whole
+    chunks, again = read(*cut(stream, places))
+    assert chunks == whole
     assert (again.done, type(again.error)) == (reader.done, type(reader.error))
 
 
@@ -602,14 +615,14 @@ def test_no_bytes_whatever_make_the_reader_raise(stream: bytes, places: list[int
 @example([{"choices": [{"delta": {"content": [{"type": "text", "text": 5}]}}]}])
 @given(st.lists(any_chunk, max_size=4))
 def test_what_is_kept_of_any_json_has_the_type_that_an_answer_promises(chunks: list[Any]) -> None:
-    pieces, reader = read(*(event(chunk) for chunk in chunks))
-    assert all(isinstance(piece, str) and piece for piece in pieces)
+    chunks, reader = read(*(event(chunk) for chunk in chunks))
+    assert all(isinstance(chunk, str) and chunk for chunk in chunks)
     assert isinstance(reader.model, str)
     assert isinstance(reader.finish_reason, str | None)
     assert isinstance(reader.usage, dict | None)
 
 
-# ---- refusal, retry_after
+# ---- classify_error, retry_after
 
 
 def told(**error: object) -> dict[str, object]:
@@ -617,37 +630,42 @@ def told(**error: object) -> dict[str, object]:
 
 
 # A response's status and JSON; the error that it is, and whether trying again may help.
-REFUSALS: dict[str, tuple[int, object, type[ServiceError], bool]] = {
+REFUSALS: dict[str, tuple[int, object, str, bool]] = {
     # Not the caller's to mend.
-    "400": (400, told(message="bad"), UpstreamError, False),
-    "401": (401, told(code="invalid_api_key"), UpstreamError, False),
-    "403": (403, told(code="unsupported_country"), UpstreamError, False),
-    "404": (404, told(code="model_not_found"), UpstreamError, False),
-    "422": (422, {"detail": [{"loc": ["body"]}]}, UpstreamError, False),
-    "a redirect": (307, None, UpstreamError, False),
-    "a status of one's own": (299, None, UpstreamError, False),
+    "400": (400, told(message="bad"), "upstream_error", False),
+    "401": (401, told(code="invalid_api_key"), "upstream_error", False),
+    "403": (403, told(code="unsupported_country"), "upstream_error", False),
+    "404": (404, told(code="model_not_found"), "upstream_error", False),
+    "422": (422, {"detail": [{"loc": ["body"]}]}, "upstream_error", False),
+    "a redirect": (307, None, "upstream_error", False),
+    "a status of one's own": (299, None, "upstream_error", False),
     # The provider's own trouble.
-    "408": (408, None, UpstreamError, True),
-    "409": (409, None, UpstreamError, True),
-    "500": (500, told(type="server_error"), UpstreamError, True),
-    "502 with HTML": (502, None, UpstreamError, True),
-    "504": (504, None, UpstreamError, True),
-    "520": (520, None, UpstreamError, True),
-    "500 that carries another's 401": (500, told(code=401), UpstreamError, False),
-    "502 that carries another's 401": (502, told(code=401), UpstreamError, True),
+    "408": (408, None, "upstream_error", True),
+    "409": (409, None, "upstream_error", True),
+    "500": (500, told(type="server_error"), "upstream_error", True),
+    "502 with HTML": (502, None, "upstream_error", True),
+    "504": (504, None, "upstream_error", True),
+    "520": (520, None, "upstream_error", True),
+    "500 that carries another's 401": (500, told(code=401), "upstream_error", False),
+    "502 that carries another's 401": (502, told(code=401), "upstream_error", True),
     # Busy.
-    "429": (429, told(code="rate_limit_exceeded"), UpstreamUnavailable, True),
-    "429 without JSON": (429, None, UpstreamUnavailable, True),
-    "503": (503, None, UpstreamUnavailable, True),
-    "529": (529, None, UpstreamUnavailable, True),
-    "overloaded as 500": (500, told(message="The engine is Overloaded"), UpstreamUnavailable, True),
-    "500 that carries another's 429": (500, told(code="429"), UpstreamUnavailable, True),
-    "slow_down as 403": (403, told(code="slow_down"), UpstreamUnavailable, True),
+    "429": (429, told(code="rate_limit_exceeded"), "upstream_unavailable", True),
+    "429 without JSON": (429, None, "upstream_unavailable", True),
+    "503": (503, None, "upstream_unavailable", True),
+    "529": (529, None, "upstream_unavailable", True),
+    "overloaded as 500": (
+        500,
+        told(message="The engine is Overloaded"),
+        "upstream_unavailable",
+        True,
+    ),
+    "500 that carries another's 429": (500, told(code="429"), "upstream_unavailable", True),
+    "slow_down as 403": (403, told(code="slow_down"), "upstream_unavailable", True),
     # Somebody has to pay.
-    "402": (402, told(message="Insufficient balance"), UpstreamUnavailable, False),
-    "quota by code": (429, told(code="insufficient_quota"), UpstreamUnavailable, False),
-    "quota by type": (429, told(type="insufficient_quota"), UpstreamUnavailable, False),
-    "billing": (429, told(code="billing_hard_limit_reached"), UpstreamUnavailable, False),
+    "402": (402, told(message="Insufficient balance"), "upstream_unavailable", False),
+    "quota by code": (429, told(code="insufficient_quota"), "upstream_unavailable", False),
+    "quota by type": (429, told(type="insufficient_quota"), "upstream_unavailable", False),
+    "billing": (429, told(code="billing_hard_limit_reached"), "upstream_unavailable", False),
     "a limit that is raised on the billing page": (
         429,
         told(
@@ -656,33 +674,48 @@ REFUSALS: dict[str, tuple[int, object, type[ServiceError], bool]] = {
             type="requests",
             code="rate_limit_exceeded",
         ),
-        UpstreamUnavailable,
+        "upstream_unavailable",
         True,
     ),
     # Too long for the model.
-    "too long by code": (400, told(code="context_length_exceeded"), ContextTooLong, False),
+    "too long by code": (400, told(code="context_length_exceeded"), "context_too_long", False),
     "too long by message": (
         400,
         told(message="Maximum Context Length is 9"),
-        ContextTooLong,
+        "context_too_long",
         False,
     ),
-    "too long by type": (400, told(type="too_many_prompt_tokens"), ContextTooLong, False),
-    "too long as text": (400, told(message="prompt too long; by 7 tokens"), ContextTooLong, False),
-    "too long with 413": (413, told(message="exceeds the context window"), ContextTooLong, False),
-    "too long with 422": (422, "context length exceeded", ContextTooLong, False),
-    "too long with 500": (500, told(message="prompt is too long: 9 tokens"), ContextTooLong, False),
-    "a key that is too long": (401, told(message="key too long"), UpstreamError, False),
+    "too long by type": (400, told(type="too_many_prompt_tokens"), "context_too_long", False),
+    "too long as text": (
+        400,
+        told(message="prompt too long; by 7 tokens"),
+        "context_too_long",
+        False,
+    ),
+    "too long with 413": (
+        413,
+        told(message="exceeds the context window"),
+        "context_too_long",
+        False,
+    ),
+    "too long with 422": (422, "context length exceeded", "context_too_long", False),
+    "too long with 500": (
+        500,
+        told(message="prompt is too long: 9 tokens"),
+        "context_too_long",
+        False,
+    ),
+    "a key that is too long": (401, told(message="key too long"), "upstream_error", False),
     "an answer that took too long": (
         500,
         told(message="The model took too long to answer.", type="server_error"),
-        UpstreamError,
+        "upstream_error",
         True,
     ),
     # Against the provider's policy.
-    "filtered by code": (400, told(code="content_filter"), ContentRefused, False),
-    "filtered with 200": (200, told(code="content_filter"), ContentRefused, False),
-    "policy by code": (400, told(code="content_policy_violation"), ContentRefused, False),
+    "filtered by code": (400, told(code="content_filter"), "content_refused", False),
+    "filtered with 200": (200, told(code="content_filter"), "content_refused", False),
+    "policy by code": (400, told(code="content_policy_violation"), "content_refused", False),
     "a prompt that is flagged": (
         400,
         told(
@@ -690,26 +723,26 @@ REFUSALS: dict[str, tuple[int, object, type[ServiceError], bool]] = {
             type="invalid_request_error",
             code="invalid_prompt",
         ),
-        ContentRefused,
+        "content_refused",
         False,
     ),
     "policy by message": (
         403,
         told(message="Refused by our Content Management Policy"),
-        ContentRefused,
+        "content_refused",
         False,
     ),
     # JSON of other shapes.
-    "error a string": (400, {"error": "context length exceeded"}, ContextTooLong, False),
-    "error null": (500, {"error": None}, UpstreamError, True),
-    "error a list": (500, {"error": [1]}, UpstreamError, True),
-    "no error member": (400, {"message": "prompt too long"}, ContextTooLong, False),
-    "a list": (500, [1, 2], UpstreamError, True),
-    "a number": (500, 7, UpstreamError, True),
+    "error a string": (400, {"error": "context length exceeded"}, "context_too_long", False),
+    "error null": (500, {"error": None}, "upstream_error", True),
+    "error a list": (500, {"error": [1]}, "upstream_error", True),
+    "no error member": (400, {"message": "prompt too long"}, "context_too_long", False),
+    "a list": (500, [1, 2], "upstream_error", True),
+    "a number": (500, 7, "upstream_error", True),
     "fields of other types": (
         500,
         told(code=["x"], type={"y": 1}, message=12),
-        UpstreamError,
+        "upstream_error",
         True,
     ),
 }
@@ -717,21 +750,21 @@ REFUSALS: dict[str, tuple[int, object, type[ServiceError], bool]] = {
 
 @pytest.mark.parametrize(("status", "body", "kind", "retryable"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_is_told_by_its_code_its_words_and_its_status(
-    status: int, body: object, kind: type[ServiceError], retryable: bool
+    status: int, body: object, kind: str, retryable: bool
 ) -> None:
-    error = refusal(status, body)
-    assert type(error) is kind
+    error = classify_error(status, body)
+    assert error.code == kind
     assert error.retryable is retryable
     assert error.retry_after is None
 
 
 def test_how_long_to_wait_is_passed_on_where_waiting_helps() -> None:
     headers = {"retry-after": "2.2"}
-    assert refusal(429, None, headers).retry_after == 2.2
-    assert refusal(503, None, headers).detail().retry_after == 3
-    assert refusal(500, None, headers).retry_after == 2.2
-    assert refusal(400, None, headers).retry_after is None
-    assert refusal(429, told(code="insufficient_quota"), headers).retry_after is None
+    assert classify_error(429, None, headers).retry_after == 2.2
+    assert classify_error(503, None, headers).detail().retry_after == 3
+    assert classify_error(500, None, headers).retry_after == 2.2
+    assert classify_error(400, None, headers).retry_after is None
+    assert classify_error(429, told(code="insufficient_quota"), headers).retry_after is None
 
 
 @pytest.mark.parametrize(
@@ -778,7 +811,7 @@ OPENAI = {"OPENAI_API_KEY": KEY}
 
 def route(**env: str) -> Router:
     given = from_env(env)
-    return Router(given, make_providers(given))
+    return Router(given, create_providers(given))
 
 
 @pytest.mark.parametrize(
@@ -832,9 +865,9 @@ def test_what_precedes_the_first_slash_answers_if_it_is_a_provider_else_the_defa
 def test_a_model_that_is_not_allowed_is_refused_naming_those_that_are(
     env: dict[str, str], asked: str, models: str
 ) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with raises("invalid_request") as refused:
         route(**env).resolve(asked)
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.fields
     assert problem.field == "model_id"
     assert problem.message == f"is not a model of this service; it has {models}"
 
@@ -913,13 +946,13 @@ def port_of(server: asyncio.Server) -> int:
     return port
 
 
-async def failure(reply: Reply) -> tuple[int, str, bool]:
-    """Status, code and `retryable` of an answer that failed before its first piece."""
+async def failure(reply: Response) -> tuple[int, str, bool]:
+    """Status, code and `retryable` of an answer that failed before its first chunk."""
     error = (await reply.json())["error"]
     return reply.status, error["code"], error["retryable"]
 
 
-async def ending(reply: Reply) -> tuple[str, str]:
+async def ending(reply: Response) -> tuple[str, str]:
     """The text of a stream and its end: `done`, or the code of the error."""
     assert reply.status == 200
     *chunks, last = await reply.events()
@@ -1057,7 +1090,7 @@ def test_a_proxy_that_can_not_be_one_stops_the_start(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(SettingsError, match=r"^HTTP_PROXY is not an http:// address$"):
-        make_providers(from_env(openai("http://provider.invalid/v1")))
+        create_providers(from_env(openai("http://provider.invalid/v1")))
 
 
 @pytest.mark.parametrize(
@@ -1068,14 +1101,14 @@ def test_authorities_that_can_not_be_read_stop_the_start(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", path)
     with pytest.raises(SettingsError, match=rf"^SSL_CERT_FILE can't be used: .*{reason}.*PEM$"):
-        make_providers(from_env(openai("https://provider.invalid/v1")))
+        create_providers(from_env(openai("https://provider.invalid/v1")))
 
 
 async def test_an_answer_is_over_after_its_completion() -> None:
     target = Target(MockProvider(), "lorem-2")
     said = [{"role": "user", "content": "Hi"}]
-    pieces = answer([target], said, Call("req_1"), from_env({}))
-    *batches, last = [batch async for batch in pieces]
+    chunks = complete([target], said, Call("req_1"), from_env({}))
+    *batches, last = [batch async for batch in chunks]
     assert (batches, last) == (
         [["lorem "], ["ipsum "]],
         Completion(
@@ -1087,9 +1120,10 @@ async def test_an_answer_is_over_after_its_completion() -> None:
 
 
 def test_a_bare_error_line_may_hold_plain_text() -> None:
-    reader = ChunkReader()
+    reader = CompletionParser()
     assert reader.feed(b"error: the server is overloaded\n") is None
-    assert type(reader.error) is UpstreamUnavailable
+    assert reader.error
+    assert reader.error.code == "upstream_unavailable"
 
 
 async def test_a_providers_cookie_never_goes_back(
@@ -1250,7 +1284,7 @@ async def test_answers_one_after_another_use_one_connection(
     service: StartService, upstream: StartUpstream
 ) -> None:
     async def script(request: Connection) -> None:
-        await request.answer("Hi")
+        await request.complete("Hi")
 
     provider = await upstream(script)
     app = await service(**openai(provider.url))
@@ -1452,15 +1486,15 @@ async def test_a_text_cut_anywhere_arrives_whole(
 
     provider = await upstream(script)
     app = await service(**openai(provider.url))
-    *pieces, done = await (await app.chat()).events()
-    assert [piece["chunk"] for piece in pieces] == texts
+    *chunks, done = await (await app.chat()).events()
+    assert [chunk["chunk"] for chunk in chunks] == texts
     assert done["status"] == "done"
 
 
 # ---- MockProvider, through the service
 
 
-async def mock(service: StartService, model: str, **env: str) -> tuple[Running, Reply]:
+async def mock(service: StartService, model: str, **env: str) -> tuple[Running, Response]:
     app = await service(**QUIET, **env)
     return app, await app.chat("Hello there", model_id=f"mock/{model}")
 

@@ -13,22 +13,22 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from errors import Overloaded, ServiceError, TooManyStreams
+from errors import ServiceError
 from ratelimit import (
     MICROSECONDS,
     Bucket,
     Caller,
-    Limiter,
-    Streams,
-    Verdict,
-    by_address,
-    find_key,
+    Decision,
+    MemoryRateLimiter,
+    StreamLimiter,
+    anonymous_caller,
+    authenticate,
     full_at,
     take,
 )
 from settings import ApiKey, Rate, from_env
-from tests.client import JSON, Client, Reply
-from tests.conftest import Running, StartService
+from tests.client import JSON, Client, Response
+from tests.conftest import Running, StartService, raises
 
 TEN_A_MINUTE = Rate(10, 60)
 DAY = 86400 * MICROSECONDS
@@ -49,8 +49,8 @@ class Clock:
 
 def in_bucket(bucket: Bucket, rate: Rate, now: int) -> int:
     """The tokens that are there at `now`."""
-    _, verdict = take(bucket, rate, now)
-    return verdict.remaining + verdict.allowed
+    _, decision = take(bucket, rate, now)
+    return decision.remaining + decision.allowed
 
 
 # The bucket
@@ -84,8 +84,8 @@ def test_no_span_of_time_admits_more_than_the_limit_and_what_flowed_in(
     now, admitted = 0, []
     for gap in gaps:
         now += gap
-        bucket, verdict = take(bucket, rate, now)
-        if verdict.allowed:
+        bucket, decision = take(bucket, rate, now)
+        if decision.allowed:
             admitted.append(now)
     for first, start in enumerate(admitted):
         for last, end in enumerate(admitted[first:], first):
@@ -102,10 +102,10 @@ def test_a_bucket_never_strays_from_exact_fractions(rate: Rate, gaps: list[int])
         now += gap
         flowed = Fraction(gap * rate.limit, rate.seconds * MICROSECONDS)
         tokens = min(Fraction(rate.limit), tokens + flowed)
-        bucket, verdict = take(bucket, rate, now)
-        assert verdict.allowed == (tokens >= 1)
-        tokens -= verdict.allowed
-        assert verdict.remaining == math.floor(tokens)
+        bucket, decision = take(bucket, rate, now)
+        assert decision.allowed == (tokens >= 1)
+        tokens -= decision.allowed
+        assert decision.remaining == math.floor(tokens)
 
 
 @patient
@@ -114,21 +114,21 @@ def test_after_exactly_the_wait_one_more_token_is_there_and_a_second_earlier_it_
     state: tuple[Rate, Bucket],
 ) -> None:
     rate, bucket = state
-    bucket, verdict = take(bucket, rate, bucket.at)
-    ready = bucket.at + verdict.wait * MICROSECONDS
-    assert verdict.wait >= 1
-    assert in_bucket(bucket, rate, ready) > verdict.remaining
-    assert in_bucket(bucket, rate, ready - MICROSECONDS) == verdict.remaining
+    bucket, decision = take(bucket, rate, bucket.updated_at)
+    ready = bucket.updated_at + decision.retry_after * MICROSECONDS
+    assert decision.retry_after >= 1
+    assert in_bucket(bucket, rate, ready) > decision.remaining
+    assert in_bucket(bucket, rate, ready - MICROSECONDS) == decision.remaining
 
 
 @patient
 @given(buckets())
 def test_a_refusal_takes_nothing(state: tuple[Rate, Bucket]) -> None:
     rate, bucket = state
-    after, verdict = take(bucket, rate, bucket.at)
-    assume(not verdict.allowed)
+    after, decision = take(bucket, rate, bucket.updated_at)
+    assume(not decision.allowed)
     assert after == bucket
-    assert verdict.remaining == 0
+    assert decision.remaining == 0
 
 
 @patient
@@ -139,7 +139,7 @@ def test_a_bucket_is_full_when_it_says_so_and_not_a_microsecond_earlier(
     rate, bucket = state
     full = full_at(bucket, rate)
     assert in_bucket(bucket, rate, full) == rate.limit
-    if full > bucket.at:
+    if full > bucket.updated_at:
         assert in_bucket(bucket, rate, full - 1) < rate.limit
 
 
@@ -149,8 +149,8 @@ def test_a_clock_that_stands_still_admits_the_limit_and_no_more(rate: Rate) -> N
     bucket: Bucket | None = None
     allowed = []
     for _ in range(rate.limit + 2):
-        bucket, verdict = take(bucket, rate, 7)
-        allowed.append(verdict.allowed)
+        bucket, decision = take(bucket, rate, 7)
+        allowed.append(decision.allowed)
     assert allowed == [True] * rate.limit + [False, False]
 
 
@@ -160,21 +160,21 @@ def test_a_clock_that_goes_back_brings_no_token_and_the_bucket_fills_on_from_the
     state: tuple[Rate, Bucket], back: int
 ) -> None:
     rate, bucket = state
-    now = bucket.at - back
-    assert in_bucket(bucket, rate, now) == in_bucket(bucket, rate, bucket.at)
-    bucket, verdict = take(bucket, rate, now)
-    assert in_bucket(bucket, rate, now + verdict.wait * MICROSECONDS) > verdict.remaining
+    now = bucket.updated_at - back
+    assert in_bucket(bucket, rate, now) == in_bucket(bucket, rate, bucket.updated_at)
+    bucket, decision = take(bucket, rate, now)
+    assert in_bucket(bucket, rate, now + decision.retry_after * MICROSECONDS) > decision.remaining
 
 
 def test_the_eleventh_request_within_a_second_is_refused_for_six_seconds() -> None:
     bucket: Bucket | None = None
-    verdicts = []
+    decisions = []
     for number in range(11):
-        bucket, verdict = take(bucket, TEN_A_MINUTE, number * 90_000)
-        verdicts.append(verdict)
-    assert verdicts[0] == Verdict(allowed=True, remaining=9, wait=6)
-    assert verdicts[9] == Verdict(allowed=True, remaining=0, wait=6)
-    assert verdicts[10] == Verdict(allowed=False, remaining=0, wait=6)
+        bucket, decision = take(bucket, TEN_A_MINUTE, number * 90_000)
+        decisions.append(decision)
+    assert decisions[0] == Decision(allowed=True, remaining=9, retry_after=6)
+    assert decisions[9] == Decision(allowed=True, remaining=0, retry_after=6)
+    assert decisions[10] == Decision(allowed=False, remaining=0, retry_after=6)
 
 
 # The limiter
@@ -185,7 +185,7 @@ def anonymous(number: int) -> Caller:
 
 
 async def test_each_of_ten_thousand_callers_has_ten_of_its_own() -> None:
-    limiter = Limiter(TEN_A_MINUTE, Clock())
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, Clock())
     callers = [anonymous(number) for number in range(10_000)]
     for expected in [True] * 10 + [False]:
         assert {(await limiter.take(caller)).allowed for caller in callers} == {expected}
@@ -194,7 +194,7 @@ async def test_each_of_ten_thousand_callers_has_ten_of_its_own() -> None:
 
 async def test_full_buckets_are_forgotten_when_somebody_new_comes() -> None:
     clock = Clock()
-    limiter = Limiter(TEN_A_MINUTE, clock)
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, clock)
     await limiter.take(anonymous(1))
     await limiter.take(anonymous(2))
     await limiter.take(anonymous(2))
@@ -208,7 +208,7 @@ async def test_full_buckets_are_forgotten_when_somebody_new_comes() -> None:
 
 async def test_a_caller_who_comes_back_is_not_forgotten_for_having_come_early() -> None:
     clock = Clock()
-    limiter = Limiter(TEN_A_MINUTE, clock)
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, clock)
     await limiter.take(anonymous(1))
     clock.now = 5 * MICROSECONDS
     assert (await limiter.take(anonymous(1))).remaining == 8
@@ -219,7 +219,7 @@ async def test_a_caller_who_comes_back_is_not_forgotten_for_having_come_early() 
 
 
 async def test_at_the_cap_the_fullest_bucket_goes_first() -> None:
-    limiter = Limiter(TEN_A_MINUTE, Clock(), max_buckets=2)
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, Clock(), max_buckets=2)
     for number in (1, 2, 1, 1):
         await limiter.take(anonymous(number))
     await limiter.take(anonymous(3))
@@ -229,7 +229,7 @@ async def test_at_the_cap_the_fullest_bucket_goes_first() -> None:
 
 
 async def test_nobody_gets_a_new_bucket_by_coming_from_other_addresses_meanwhile() -> None:
-    limiter = Limiter(TEN_A_MINUTE, Clock(), max_buckets=100)
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, Clock(), max_buckets=100)
     for _ in range(10):
         await limiter.take(anonymous(0))
     for number in range(1, 1000):
@@ -250,7 +250,7 @@ async def test_however_many_addresses_come_it_never_grows_past_its_cap(
     addresses: int, gap: int, most: int
 ) -> None:
     clock = Clock()
-    limiter = Limiter(TEN_A_MINUTE, clock, max_buckets=1000)
+    limiter = MemoryRateLimiter(TEN_A_MINUTE, clock, max_buckets=1000)
     sizes = set()
     for number in range(addresses):
         clock.now += gap
@@ -264,21 +264,21 @@ async def test_however_many_addresses_come_it_never_grows_past_its_cap(
 def test_forgetting_full_buckets_changes_no_verdict(visits: list[tuple[int, int]]) -> None:
     clock = Clock()
     rate = Rate(3, 60)
-    limiter = Limiter(rate, clock)
+    limiter = MemoryRateLimiter(rate, clock)
     kept: dict[int, Bucket] = {}
 
     async def visit() -> None:
         for number, gap in visits:
             clock.now += gap
-            kept[number], verdict = take(kept.get(number), rate, clock.now)
-            assert await limiter.take(anonymous(number)) == verdict
+            kept[number], decision = take(kept.get(number), rate, clock.now)
+            assert await limiter.take(anonymous(number)) == decision
 
     asyncio.run(visit())
 
 
 async def test_limiters_of_two_rates_share_nothing() -> None:
     clock = Clock()
-    one, two = Limiter(Rate(1, 60), clock), Limiter(Rate(2, 60), clock)
+    one, two = MemoryRateLimiter(Rate(1, 60), clock), MemoryRateLimiter(Rate(2, 60), clock)
     assert (one.rate, two.rate) == (Rate(1, 60), Rate(2, 60))
     assert (await one.take(anonymous(1))).remaining == 0
     assert (await two.take(anonymous(1))).remaining == 1
@@ -311,7 +311,7 @@ async def test_limiters_of_two_rates_share_nothing() -> None:
     ],
 )
 def test_an_anonymous_caller_is_known_by(host: str | None, name: str) -> None:
-    assert by_address(host) == Caller("anonymous", name)
+    assert anonymous_caller(host) == Caller("anonymous", name)
 
 
 @patient
@@ -320,22 +320,22 @@ def test_all_addresses_of_one_64_are_one_caller(
     address: IPv4Address | IPv6Address, suffix: int
 ) -> None:
     other = IPv6Address(int(address) >> 64 << 64 | suffix)
-    assert by_address(str(other)) == by_address(str(address))
+    assert anonymous_caller(str(other)) == anonymous_caller(str(address))
     beyond = IPv6Address(int(address) ^ 1 << 64)
-    assert by_address(str(beyond)) != by_address(str(address))
+    assert anonymous_caller(str(beyond)) != anonymous_caller(str(address))
 
 
 def test_keys_are_found_by_what_they_are_and_known_by_their_name() -> None:
     keys = from_env({"API_KEYS": f"app:{KEY},other:{'o' * 20},app:{NEW_KEY}"}).api_keys
-    assert find_key(KEY, keys) == Caller("key", "app")
-    assert find_key(NEW_KEY, keys) == Caller("key", "app")
-    assert find_key("o" * 20, keys) == Caller("key", "other")
+    assert authenticate(KEY, keys) == Caller("key", "app")
+    assert authenticate(NEW_KEY, keys) == Caller("key", "app")
+    assert authenticate("o" * 20, keys) == Caller("key", "other")
 
 
 @pytest.mark.parametrize("presented", ["", KEY[:-1], f"{KEY}x", KEY.upper(), "app", "é", "\x00"])
 def test_what_is_no_key_is_nobodys(presented: str) -> None:
-    assert find_key(presented, from_env({"API_KEYS": f"app:{KEY}"}).api_keys) is None
-    assert find_key(presented, ()) is None
+    assert authenticate(presented, from_env({"API_KEYS": f"app:{KEY}"}).api_keys) is None
+    assert authenticate(presented, ()) is None
 
 
 def test_a_key_that_is_named_like_an_address_is_another_caller() -> None:
@@ -348,13 +348,13 @@ def test_a_key_that_is_named_like_an_address_is_another_caller() -> None:
 
 
 def open_until_refused(
-    streams: Streams, caller: Caller, held: ExitStack
+    streams: StreamLimiter, caller: Caller, held: ExitStack
 ) -> tuple[int, ServiceError]:
     """How many answers could be opened, all of them held, and what the next one met."""
     count = 0
     while True:
         try:
-            held.enter_context(streams.slot(caller))
+            held.enter_context(streams.acquire(caller))
         except ServiceError as refused:
             return count, refused
         count += 1
@@ -364,48 +364,48 @@ def open_until_refused(
 def test_a_caller_has_its_number_of_answers_open_and_a_key_ten_times_that(
     caller: Caller, most: int
 ) -> None:
-    streams = Streams(limit=100, limit_per_caller=3)
+    streams = StreamLimiter(limit=100, limit_per_caller=3)
     with ExitStack() as held:
         count, refused = open_until_refused(streams, caller, held)
-        assert (count, streams.open.total()) == (most, most)
-        assert isinstance(refused, TooManyStreams)
+        assert (count, streams.active.total()) == (most, most)
+        assert refused.code == "too_many_streams"
         assert refused.retry_after == 1
         assert str(most) in str(refused)
-        with streams.slot(anonymous(2)):
-            assert streams.open.total() == most + 1
-    assert not streams.open
+        with streams.acquire(anonymous(2)):
+            assert streams.active.total() == most + 1
+    assert not streams.active
 
 
 def test_all_callers_together_have_the_servers_number_of_answers_open() -> None:
-    streams = Streams(limit=2, limit_per_caller=2)
+    streams = StreamLimiter(limit=2, limit_per_caller=2)
     with ExitStack() as held:
-        held.enter_context(streams.slot(anonymous(1)))
-        held.enter_context(streams.slot(anonymous(2)))
-        with pytest.raises(Overloaded) as refused, streams.slot(anonymous(3)):
+        held.enter_context(streams.acquire(anonymous(1)))
+        held.enter_context(streams.acquire(anonymous(2)))
+        with raises("overloaded") as refused, streams.acquire(anonymous(3)):
             pass
         assert refused.value.retry_after == 1
-    assert not streams.open
+    assert not streams.active
 
 
 def test_a_slot_is_given_back_however_its_answer_ends() -> None:
-    streams = Streams(limit=1, limit_per_caller=1)
+    streams = StreamLimiter(limit=1, limit_per_caller=1)
     for ending in (ValueError, asyncio.CancelledError, KeyboardInterrupt):
-        with pytest.raises(ending), streams.slot(anonymous(1)):
+        with pytest.raises(ending), streams.acquire(anonymous(1)):
             raise ending
-        assert not streams.open
-    with streams.slot(anonymous(1)):
-        assert streams.open.total() == 1
+        assert not streams.active
+    with streams.acquire(anonymous(1)):
+        assert streams.active.total() == 1
 
 
 def test_a_refused_answer_holds_nothing() -> None:
-    streams = Streams(limit=5, limit_per_caller=1)
-    with streams.slot(anonymous(1)):
+    streams = StreamLimiter(limit=5, limit_per_caller=1)
+    with streams.acquire(anonymous(1)):
         for _ in range(5):
-            with pytest.raises(TooManyStreams), streams.slot(anonymous(1)):
+            with raises("too_many_streams"), streams.acquire(anonymous(1)):
                 pass
-        assert streams.open.total() == 1
-    with streams.slot(anonymous(1)):
-        assert streams.open.total() == 1
+        assert streams.active.total() == 1
+    with streams.acquire(anonymous(1)):
+        assert streams.active.total() == 1
 
 
 # Over a socket
@@ -415,10 +415,10 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def knock(client: Client, headers: dict[str, str] | None = None) -> Reply:
+async def knock(client: Client, headers: dict[str, str] | None = None) -> Response:
     """A chat request that is refused for its fields once it has passed the limiter: the cheapest
     one that takes a token."""
-    reply = await client.ask("POST", "/api/v1/chat", b"{}", {**JSON, **(headers or {})})
+    reply = await client.request("POST", "/api/v1/chat", b"{}", {**JSON, **(headers or {})})
     await reply.body()
     return reply
 
@@ -432,7 +432,7 @@ async def test_the_eleventh_request_within_a_second_is_answered_429(service: Sta
     client = await (await service()).connect()
     started = time.monotonic()
     passed = [await knock(client) for _ in range(10)]
-    refused = await client.ask("POST", "/api/v1/chat", b"{}", JSON)
+    refused = await client.request("POST", "/api/v1/chat", b"{}", JSON)
     elapsed = time.monotonic() - started
     assert [reply.status for reply in passed] == [422] * 10
     assert [reply.headers["ratelimit"][:15] for reply in passed] == [
@@ -462,7 +462,7 @@ async def test_every_answer_that_passed_the_limiter_tells_what_is_left(
     body: bytes, headers: dict[str, str], status: int, service: StartService
 ) -> None:
     app = await service(RATE_LIMIT="2/day", MAX_BODY_BYTES="64")
-    reply = await (await app.connect()).ask("POST", "/api/v1/chat", body, headers)
+    reply = await (await app.connect()).request("POST", "/api/v1/chat", body, headers)
     assert reply.status == status
     assert reply.headers["ratelimit-policy"] == '"anonymous";q=2;w=86400'
     assert reply.headers["ratelimit"] == '"anonymous";r=1;t=43200'

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.client import Reply
+from openai_stream import CompletionParser
+from tests.client import Response
 from tests.conftest import StartService, StartUpstream
 from tests.test_providers import KEY, openai
 from tests.upstream import END, Connection, response
-from wire import ChunkReader
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "streams"
 if not FOLDER.is_dir():
@@ -110,7 +110,7 @@ def usage_of(name: str) -> Any:
 
 
 def text_of(name: str) -> str:
-    text: str = META[name]["text"].get("0") or META[name]["refusal"]
+    text: str = META[name]["text"].get("0") or META[name]["classify_error"]
     return text
 
 
@@ -139,10 +139,10 @@ def exhaustive(stream: bytes) -> Iterator[list[bytes]]:
 
 
 def all_that_is_told(cuts: Sequence[bytes]) -> tuple[object, ...]:
-    reader = ChunkReader()
-    pieces = [piece for cut in cuts for piece in reader.feed(cut) or ()]
+    reader = CompletionParser()
+    chunks = [chunk for cut in cuts for chunk in reader.feed(cut) or ()]
     error = reader.error and (type(reader.error), reader.error.retryable)
-    return pieces, reader.model, reader.finish_reason, reader.usage, reader.done, error
+    return chunks, reader.model, reader.finish_reason, reader.usage, reader.done, error
 
 
 @pytest.mark.parametrize("name", META)
@@ -167,7 +167,7 @@ def head_of(name: str) -> bytes:
     return "\r\n".join(["HTTP/1.1 200 OK", *lines, "transfer-encoding: chunked", "", ""]).encode()
 
 
-async def outcome(reply: Reply) -> dict[str, Any]:
+async def outcome(reply: Response) -> dict[str, Any]:
     """What a client has of an answer, by name."""
     if reply.status != 200:
         return {"status": reply.status, "text": "", "error": (await reply.json())["error"]["code"]}

@@ -19,16 +19,25 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from redis import Redis
 
-from errors import SessionBusy, StateUnavailable
-from ratelimit import MICROSECONDS, Bucket, Caller, Limiter, RateLimiter, Verdict, full_at, take
-from redis_state import EXACT, TAKE, RedisLimiter, RedisStore, Server
+from errors import ServiceError
+from ratelimit import (
+    MICROSECONDS,
+    Bucket,
+    Caller,
+    Decision,
+    MemoryRateLimiter,
+    RateLimiter,
+    full_at,
+    take,
+)
+from redis_state import EXACT, TAKE, RedisClient, RedisRateLimiter, RedisStore
 from server import Drain
 from service import create_app
 from settings import Rate, SettingsError, from_env
 from tests.client import CANARY
-from tests.conftest import Running, StartService, StartUpstream
+from tests.conftest import Running, StartService, StartUpstream, raises
 from tests.redis_server import RedisServer, free_port, program, running_relay
-from tests.test_conversations import answered, on_session, refusal, remembered, repeat
+from tests.test_conversations import answered, classify_error, on_session, remembered, repeat
 from tests.test_ratelimit import Clock, gaps, rates
 from tests.test_service import openai
 from tests.test_sessions import MAX_CHARS, ME, TTL, said, talk, texts
@@ -88,10 +97,10 @@ async def limiters(
     """Makes limiters where time stands still, or nearly so."""
     if request.param == "memory":
         clock = Clock()
-        yield lambda rate: Limiter(rate, clock)
+        yield lambda rate: MemoryRateLimiter(rate, clock)
         return
-    server = Server(redis_server.url)
-    yield lambda rate: RedisLimiter(server, rate)
+    server = RedisClient(redis_server.url)
+    yield lambda rate: RedisRateLimiter(server, rate)
     await server.aclose()
 
 
@@ -99,12 +108,12 @@ async def test_the_eleventh_request_is_refused_with_the_time_until_the_next(
     limiters: Callable[[Rate], RateLimiter],
 ) -> None:
     limiter = limiters(TEN_A_MINUTE)
-    verdicts = [await limiter.take(anonymous(1)) for _ in range(11)]
-    assert verdicts[0] == Verdict(allowed=True, remaining=9, wait=6)
-    assert verdicts[9] == Verdict(allowed=True, remaining=0, wait=6)
-    assert verdicts[10] == Verdict(allowed=False, remaining=0, wait=6)
-    assert await limiter.take(anonymous(2)) == verdicts[0]
-    assert await limiter.take(Caller("key", "192.0.2.1")) == verdicts[0]
+    decisions = [await limiter.take(anonymous(1)) for _ in range(11)]
+    assert decisions[0] == Decision(allowed=True, remaining=9, retry_after=6)
+    assert decisions[9] == Decision(allowed=True, remaining=0, retry_after=6)
+    assert decisions[10] == Decision(allowed=False, remaining=0, retry_after=6)
+    assert await limiter.take(anonymous(2)) == decisions[0]
+    assert await limiter.take(Caller("key", "192.0.2.1")) == decisions[0]
 
 
 async def test_limiters_of_two_rates_share_nothing(
@@ -118,10 +127,10 @@ async def test_limiters_of_two_rates_share_nothing(
 async def test_two_hundred_at_once_through_four_processes_connections_are_ten(
     redis_server: RedisServer, shell: Redis
 ) -> None:
-    servers = [Server(redis_server.url) for _ in range(4)]
-    each = [RedisLimiter(server, TEN_A_MINUTE) for server in servers]
-    verdicts = await asyncio.gather(*(each[n % 4].take(anonymous(1)) for n in range(200)))
-    assert sum(verdict.allowed for verdict in verdicts) == 10
+    servers = [RedisClient(redis_server.url) for _ in range(4)]
+    each = [RedisRateLimiter(server, TEN_A_MINUTE) for server in servers]
+    decisions = await asyncio.gather(*(each[n % 4].take(anonymous(1)) for n in range(200)))
+    assert sum(decision.allowed for decision in decisions) == 10
     assert shell.dbsize() == 1
     for server in servers:
         await server.aclose()
@@ -151,25 +160,25 @@ def test_the_script_counts_exactly_as_the_bucket_in_memory_does(
         now = start
         for gap in gaps:
             now += gap
-            bucket, verdict = take(bucket, rate, now)
+            bucket, decision = take(bucket, rate, now)
             args = (*sizes, now // MICROSECONDS, now % MICROSECONDS)
             reply: Any = shell.eval(STILL, 1, "bucket", *map(str, args))
             left = full_at(bucket, rate) - now
             # Full after so many microseconds, and forgotten not before.
-            assert reply == [verdict.allowed, bucket.shares // together, -(-left // 1000) + 1]
+            assert reply == [decision.allowed, bucket.level // together, -(-left // 1000) + 1]
 
 
 def test_the_largest_rates_are_counted_exactly_or_refused(redis_url: str) -> None:
-    server = Server(redis_url)
+    server = RedisClient(redis_url)
     for rate in (Rate(10**6, 86400), Rate(999_999_999, 1), Rate(10**8, 3600)):
-        RedisLimiter(server, rate)
+        RedisRateLimiter(server, rate)
     with pytest.raises(SettingsError, match="rounder"):
-        RedisLimiter(server, Rate(1_000_003, 86400))
+        RedisRateLimiter(server, Rate(1_000_003, 86400))
 
 
 async def test_a_bucket_is_forgotten_when_it_is_full(redis_url: str, shell: Redis) -> None:
-    server = Server(redis_url)
-    await RedisLimiter(server, Rate(100, 1)).take(anonymous(1))
+    server = RedisClient(redis_url)
+    await RedisRateLimiter(server, Rate(100, 1)).take(anonymous(1))
     while shell.dbsize():
         pass
     await server.aclose()
@@ -180,7 +189,7 @@ async def test_a_bucket_is_forgotten_when_it_is_full(redis_url: str, shell: Redi
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[RedisStore]:
-    store = RedisStore(Server(url), ttl=TTL, max_chars=MAX_CHARS)
+    store = RedisStore(RedisClient(url), ttl=TTL, max_chars=MAX_CHARS)
     try:
         yield store
     finally:
@@ -216,10 +225,10 @@ async def test_a_lock_is_held_for_as_long_as_the_answer_and_freed_soon_after_a_d
                     assert left > 0
                     before = left
                     await asyncio.sleep(0.01)
-            with pytest.raises(SessionBusy):
+            with raises("session_busy"):
                 await other.open(ME, "mine")
         while True:
-            with suppress(SessionBusy):
+            with suppress(ServiceError):
                 await other.open(ME, "mine")
                 break
             await asyncio.sleep(0.05)
@@ -234,7 +243,7 @@ async def test_an_answer_whose_lock_was_lost_stores_nothing_even_if_nobody_took_
             session = await store.open(ME, "mine")
             [lock] = shell.scan_iter("chat:lock:*")
             shell.delete(lock)
-            with pytest.raises(StateUnavailable):
+            with raises("state_unavailable"):
                 await store.end(session, turn)
         await talk(store, "mine", said("after"))
         assert await texts(store, "mine") == ["before", "after"]
@@ -244,7 +253,7 @@ async def test_a_renewal_that_fails_is_tried_again(own_redis: RedisServer) -> No
     async with opened(own_redis.url) as store, opened(own_redis.url) as other:
         session = await store.open(ME, "mine")
         async with own_redis.paused(2.0):
-            with pytest.raises(StateUnavailable):
+            with raises("state_unavailable"):
                 await store.check()
         await store.end(session, said())
         assert await texts(other, "mine") == ["Hi"]
@@ -371,7 +380,7 @@ async def unavailable(app: Running) -> None:
     """What a request gets while Redis can't be asked."""
     reply = await app.chat("lost", session_id="mine")
     assert reply.headers["retry-after"] == "1"
-    assert await refusal(reply) == (503, "state_unavailable")
+    assert await classify_error(reply) == (503, "state_unavailable")
     assert (await app.get("/readyz")).status == 503
     assert (await app.get("/healthz")).status == 200
     assert (await on_session(app, "GET", "mine")).status == 503
@@ -407,7 +416,7 @@ async def test_redis_killed_and_started_again(
         if reply.status == 200:
             break
         # The lock of the answer that was cut, until its lease is over.
-        assert await refusal(reply) == (409, "session_busy")
+        assert await classify_error(reply) == (409, "session_busy")
         await asyncio.sleep(0.1)
     await reply.events()
     assert await remembered(app, "mine") == answered("one", "two")
@@ -441,7 +450,7 @@ async def test_redis_full(
         for _ in range(3):
             reply = await app.chat("lost", session_id="other")
             assert reply.headers["retry-after"] == "1"
-            assert await refusal(reply) == (503, "state_unavailable")
+            assert await classify_error(reply) == (503, "state_unavailable")
         await finish(await provider.request())
         # What has begun may end: its lock gave room.
         assert (await running.events())[-1]["status"] == "done"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.client import Reply
+from tests.client import Response
 from tests.conftest import Log, Running, StartUpstream
 from tests.redis_server import RedisServer, free_port, program
-from tests.test_conversations import answered, on_session, refusal, repeat, sent
+from tests.test_conversations import answered, classify_error, on_session, repeat, sent
 from tests.test_kill import running_process
 from tests.test_redis_state import finish, hold
 from tests.test_service import openai
@@ -53,7 +53,7 @@ class Replicas:
     each: list[Running]
     processes: list[Process]
 
-    async def chat(self, message: str, session_id: str | None = "mine") -> Reply:
+    async def chat(self, message: str, session_id: str | None = "mine") -> Response:
         client = await self.balancer.connect()
         return await client.chat(message, AUTH, session_id=session_id)
 
@@ -88,7 +88,7 @@ async def balancing(directory: Path, urls: list[str]) -> AsyncIterator[Running]:
     running = Running(f"http://127.0.0.1:{port}", Log())
     while True:
         with suppress(ConnectionRefusedError):
-            (await running.connect()).leave()
+            (await running.connect()).disconnect()
             break
         assert process.returncode is None
         await asyncio.sleep(0.01)
@@ -96,7 +96,7 @@ async def balancing(directory: Path, urls: list[str]) -> AsyncIterator[Running]:
         yield running
     finally:
         for client in running.clients:
-            client.leave()
+            client.disconnect()
         process.terminate()
         await process.wait()
 
@@ -178,7 +178,7 @@ async def test_a_replica_that_is_killed_in_the_middle_of_an_answer_frees_its_ses
         replicas.processes[0].kill()
         await replicas.processes[0].wait()
         provider.script = repeat
-        assert await refusal(await replicas.chat("too early")) == (409, "session_busy")
+        assert await classify_error(await replicas.chat("too early")) == (409, "session_busy")
         with redis.shell() as shell:
             [lock] = shell.scan_iter("chat:lock:*")
             assert 0 < int(str(shell.pttl(lock))) < 5000
@@ -221,7 +221,7 @@ class Talker:
             self.asked.append(message)
             reply = await self.replicas.chat(message, self.name)
             if reply.status != 200:
-                assert await refusal(reply) in (
+                assert await classify_error(reply) in (
                     (503, "state_unavailable"),
                     # The lock of an answer that could not be stored, until its lease is over.
                     (409, "session_busy"),

@@ -1,4 +1,4 @@
-"""Retries and failover: only before the first piece, within the time for it, and in the log."""
+"""Retries and failover: only before the first chunk, within the time for it, and in the log."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ RETRY_NOW = "retry-after-ms: 1"
 
 
 async def answer(request: Connection) -> None:
-    await request.answer("Hel", "lo")
+    await request.complete("Hel", "lo")
 
 
 async def hang_up(request: Connection) -> None:
@@ -89,7 +89,7 @@ def after(seconds: float) -> str:
 )
 async def test_what_may_pass_is_tried_again(failure: Script) -> None:
     async with scene(in_turn(failure, answer), MAX_RETRIES="2") as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (text, outcome(last)) == ("Hello", "done")
         ids = [request.headers["x-client-request-id"] for request in play.upstream.requests]
         assert ids == [last["id"], f"{last['id']}-2"]
@@ -131,7 +131,7 @@ async def test_what_will_not_pass_is_not_tried_again(failure: Script, code: str)
     time = "0.3" if failure is silence else "30"
     limits = {"MAX_RETRIES": "2", "FIRST_TOKEN_TIMEOUT_SECONDS": time}
     async with scene(failure, **limits) as play:
-        reply = await play.ask()
+        reply = await play.request()
         _, last = await ending(reply)
         assert (reply.status, outcome(last)) == (STATUS[code], code)
         assert len(play.upstream.requests) == 1
@@ -141,16 +141,16 @@ async def test_what_will_not_pass_is_not_tried_again(failure: Script, code: str)
 
 
 async def test_nothing_is_tried_again_after_the_first_piece() -> None:
-    piece = {"choices": [{"index": 0, "delta": {"content": "Hel"}}]}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "Hel"}}]}
     begun = asyncio.Event()
 
     async def script(request: Connection) -> None:
-        await request.stream(event(piece))
+        await request.stream(event(chunk))
         await begun.wait()
         request.reset()
 
     async with scene(script, script, MAX_RETRIES="2", FALLBACK_MODELS="b/m") as play:
-        reply = await play.ask()
+        reply = await play.request()
         await reply.event()
         begun.set()
         _, last = await ending(reply)
@@ -163,7 +163,7 @@ async def test_nothing_is_tried_again_after_the_first_piece() -> None:
 @pytest.mark.parametrize("retries", [0, pytest.param(3, marks=slow)])
 async def test_no_more_than_max_retries_follow(retries: int) -> None:
     async with scene(status(503, RETRY_NOW), MAX_RETRIES=str(retries)) as play:
-        _, last = await ending(await play.ask())
+        _, last = await ending(await play.request())
         assert outcome(last) == "upstream_unavailable"
         ids = [request.headers["x-client-request-id"] for request in play.upstream.requests]
         assert ids == [last["id"], *(f"{last['id']}-{n}" for n in range(2, retries + 2))]
@@ -177,7 +177,7 @@ async def test_every_failure_that_names_its_wait_is_waited_for_so_long(code: int
     # A wait that does not fit is not waited for, whatever the status: one attempt, at once.
     script = status(code, "retry-after: 3600")
     async with scene(script, MAX_RETRIES="2") as play:
-        _, last = await ending(await play.ask())
+        _, last = await ending(await play.request())
         assert outcome(last) == "upstream_error"
         assert len(play.upstream.requests) == 1
 
@@ -187,12 +187,12 @@ async def test_a_client_that_leaves_in_the_wait_for_a_retry_ends_it() -> None:
         client = await play.app.connect()
         asking = asyncio.ensure_future(client.chat(session_id="mine"))
         await play.upstream.request()
-        while not await play.app.metric("chat_open_streams"):
+        while not await play.app.metric("chat_active_streams"):
             pass
         asking.cancel()
-        client.leave()
+        client.disconnect()
         line = await play.line()
-        assert line["outcome"] == "client_gone"
+        assert line["outcome"] == "client_disconnected"
         assert [each["error"] for each in line["attempts"]] == ["upstream_unavailable"]
         assert len(play.upstream.requests) == 1
         await play.nothing_held()
@@ -266,7 +266,7 @@ async def test_a_provider_that_can_not_be_reached_is_answered_for(
         way(tmp_path) as url,
         scene(answer, OPENAI_BASE_URL=url, MAX_RETRIES="1", **limits) as play,
     ):
-        reply = await play.ask()
+        reply = await play.request()
         _, last = await ending(reply)
         assert (reply.status, outcome(last)) == (STATUS[code], code)
         assert last["error"]["retryable"]
@@ -283,7 +283,7 @@ async def test_a_provider_that_can_not_be_reached_is_replaced(
 ) -> None:
     limits = {"CONNECT_TIMEOUT_SECONDS": "2", "FALLBACK_MODELS": "b/m"}
     async with way(tmp_path) as url, scene(answer, answer, OPENAI_BASE_URL=url, **limits) as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (text, outcome(last)) == ("Hello", "done")
         assert [each["error"] for each in (await play.line())["attempts"]] == [code, None]
         await play.nothing_held()
@@ -296,14 +296,14 @@ async def test_a_connection_that_the_provider_closed_while_idle_is_not_used_agai
     closing: list[Connection] = []
 
     async def script(request: Connection) -> None:
-        await request.answer("Hel", "lo")
+        await request.complete("Hel", "lo")
         closing.append(request)
 
     async with scene(script) as play:
-        await ending(await play.ask())
+        await ending(await play.request())
         await end(closing[0])
         await closing[0].closed.wait()
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (text, outcome(last)) == ("Hello", "done")
         assert play.upstream.connections == 2
         await play.nothing_held()
@@ -384,7 +384,7 @@ QUICK = {"one_fails", "silence_leaves_time_for_the_others", "only_the_last_is_tr
 )
 async def test_a_failure_before_the_first_piece_goes_to_the_next_model(row: Row) -> None:
     async with scene(*row.scripts, **FALLBACK, **row.env) as play:
-        reply = await play.ask()
+        reply = await play.request()
         text, last = await ending(reply)
         assert outcome(last) == row.outcome
         assert reply.status == (200 if row.outcome == "done" else STATUS[row.outcome])
@@ -406,7 +406,7 @@ async def test_done_names_the_model_that_answered() -> None:
         await request.send(b"0\r\n\r\n")
 
     async with scene(status(500), script, FALLBACK_MODELS="b/m-b") as play:
-        _, last = await ending(await play.ask())
+        _, last = await ending(await play.request())
         assert last["model"] == "m-b"
         assert play.upstreams[1].requests[0].body["model"] == "m-b"
         assert "authorization" not in play.upstreams[1].requests[0].headers
@@ -415,7 +415,7 @@ async def test_done_names_the_model_that_answered() -> None:
 async def test_a_mock_that_is_asked_for_never_fails_over() -> None:
     models = {"MODELS": "gpt-4o-mini,mock/*", "FALLBACK_MODELS": "openai/gpt-4o-mini"}
     async with scene(answer, **models) as play:
-        _, last = await ending(await play.ask(model_id="mock/error"))
+        _, last = await ending(await play.request(model_id="mock/error"))
         assert outcome(last) == "upstream_error"
         assert play.upstream.requests == []
         await play.nothing_held()
@@ -423,7 +423,7 @@ async def test_a_mock_that_is_asked_for_never_fails_over() -> None:
 
 async def test_a_mock_may_be_the_last_to_answer() -> None:
     async with scene(hang_up, FALLBACK_MODELS="mock/echo") as play:
-        text, last = await ending(await play.ask())
+        text, last = await ending(await play.request())
         assert (outcome(last), last["model"]) == ("done", "mock/echo")
         assert await play.history() == [(text, True)]
         await play.nothing_held()

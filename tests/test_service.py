@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from providers import Call, LLMProvider, Message, Pieces
-from tests.client import CANARY, JSON, Client, Reply
+from providers import Call, ChunkStream, LLMProvider, Message
+from tests.client import CANARY, JSON, Client, Response
 from tests.conftest import Running, StartService, StartUpstream
 from tests.upstream import (
     DONE,
@@ -64,7 +64,7 @@ def relay(service: StartService, upstream: StartUpstream) -> Relay:
 
 
 async def hello(request: Connection) -> None:
-    await request.answer("Hel", "lo")
+    await request.complete("Hel", "lo")
 
 
 async def silence(request: Connection) -> None:
@@ -73,7 +73,7 @@ async def silence(request: Connection) -> None:
 
 
 async def text(request: Connection) -> None:
-    """One piece, then nothing."""
+    """One chunk, then nothing."""
     await request.stream(delta("first"))
     await request.closed.wait()
 
@@ -104,7 +104,7 @@ FAILURE = event({"error": {"message": "out of memory", "code": "server_error"}})
 # What an answer is
 
 
-async def failure(reply: Reply) -> dict[str, Any]:
+async def failure(reply: Response) -> dict[str, Any]:
     """The error that an answer is, of the one shape that all have."""
     body = await reply.json()
     assert list(body) == ["error", "id"]
@@ -121,7 +121,7 @@ async def failure(reply: Reply) -> dict[str, Any]:
     return error
 
 
-async def code(reply: Reply) -> tuple[int, str]:
+async def code(reply: Response) -> tuple[int, str]:
     return reply.status, (await failure(reply))["code"]
 
 
@@ -228,7 +228,7 @@ async def test_a_piece_arrives_while_the_provider_still_holds_the_next(relay: Re
 
 
 async def test_pieces_are_never_merged_split_or_dropped(relay: Relay) -> None:
-    pieces = [
+    chunks = [
         "a",
         "b",
         " ",
@@ -242,11 +242,11 @@ async def test_pieces_are_never_merged_split_or_dropped(relay: Relay) -> None:
     ]
 
     async def script(request: Connection) -> None:
-        await request.answer(*pieces[:5], "", *pieces[5:])
+        await request.complete(*chunks[:5], "", *chunks[5:])
 
     app, _ = await relay(script)
     events = await (await app.chat()).events()
-    assert [event["chunk"] for event in events[:-1]] == pieces
+    assert [event["chunk"] for event in events[:-1]] == chunks
 
 
 async def test_the_message_goes_to_the_provider_cleaned(relay: Relay) -> None:
@@ -267,7 +267,7 @@ async def test_the_system_prompt_goes_before_the_message(relay: Relay) -> None:
 
 async def test_an_answer_without_text_is_only_the_end(relay: Relay) -> None:
     async def script(request: Connection) -> None:
-        await request.answer()
+        await request.complete()
 
     app, _ = await relay(script)
     reply = await app.chat()
@@ -321,7 +321,7 @@ async def test_a_request_that_has_to_change_is_refused(
     expected: str,
 ) -> None:
     app = await service()
-    reply = await (await app.connect()).ask(method, path, body, headers)
+    reply = await (await app.connect()).request(method, path, body, headers)
     error = await failure(reply)
     assert (reply.status, error["code"]) == (status, expected)
     assert (error["retryable"], error["retry_after"]) == (False, None)
@@ -334,7 +334,7 @@ async def test_a_request_that_has_to_change_is_refused(
 async def test_a_method_that_is_not_allowed_is_told_those_that_are(
     service: StartService, path: str, allowed: set[str]
 ) -> None:
-    reply = await (await (await service()).connect()).ask("DELETE", path)
+    reply = await (await (await service()).connect()).request("DELETE", path)
     assert set(reply.headers["allow"].split(", ")) == allowed
 
 
@@ -357,7 +357,7 @@ async def test_a_body_that_does_not_say_it_is_json_is_refused(
 ) -> None:
     app = await service()
     headers = {} if media_type is None else {"content-type": media_type}
-    reply = await (await app.connect()).ask("POST", CHAT, HELLO, headers)
+    reply = await (await app.connect()).request("POST", CHAT, HELLO, headers)
     assert reply.status == 415
     error = await failure(reply)
     assert error["code"] == "unsupported_media_type"
@@ -372,7 +372,7 @@ async def test_parameters_and_case_of_the_media_type_do_not_matter(
     relay: Relay, media_type: str
 ) -> None:
     app, _ = await relay(hello)
-    reply = await (await app.connect()).ask("POST", CHAT, HELLO, {"content-type": media_type})
+    reply = await (await app.connect()).request("POST", CHAT, HELLO, {"content-type": media_type})
     assert reply.status == 200
     await reply.events()
 
@@ -385,10 +385,14 @@ async def test_a_body_of_just_the_limit_is_taken_and_one_byte_more_is_not(
     relay: Relay, headers: dict[str, str]
 ) -> None:
     app, _ = await relay(hello, MAX_BODY_BYTES="100")
-    accepted = await (await app.connect()).ask("POST", CHAT, HELLO.ljust(100), {**JSON, **headers})
+    accepted = await (await app.connect()).request(
+        "POST", CHAT, HELLO.ljust(100), {**JSON, **headers}
+    )
     assert accepted.status == 200
     await accepted.events()
-    refused = await (await app.connect()).ask("POST", CHAT, HELLO.ljust(101), {**JSON, **headers})
+    refused = await (await app.connect()).request(
+        "POST", CHAT, HELLO.ljust(101), {**JSON, **headers}
+    )
     assert await code(refused) == (413, "body_too_large")
 
 
@@ -420,7 +424,7 @@ async def test_after_a_body_that_is_too_large_the_connection_is_closed(
 ) -> None:
     app = await service(MAX_BODY_BYTES="100")
     client = await app.connect()
-    reply = await client.ask("POST", CHAT, b"x" * 101, JSON)
+    reply = await client.request("POST", CHAT, b"x" * 101, JSON)
     assert reply.headers["connection"] == "close"
     await reply.body()
     await client.closed()
@@ -462,7 +466,7 @@ async def test_a_body_that_does_not_arrive_in_time_is_refused_and_the_connection
     error = await failure(reply)
     assert (reply.status, error["code"], error["retryable"]) == (408, "request_timeout", True)
     await client.closed()
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 async def test_a_body_that_is_too_large_and_late_as_well_is_too_large(
@@ -480,9 +484,9 @@ async def test_a_client_that_leaves_before_its_body_is_whole_is_gone(service: St
     client = await app.connect()
     head = raw("POST", CHAT, "Content-Type: application/json", "Content-Length: 20")
     client.writer.write(head + b'{"message":')
-    client.leave()
-    assert (await app.log.request())["outcome"] == "client_gone"
-    assert await app.metric("chat_open_streams") == 0
+    client.disconnect()
+    assert (await app.log.request())["outcome"] == "client_disconnected"
+    assert await app.metric("chat_active_streams") == 0
 
 
 async def test_a_client_may_wait_to_be_told_to_send_its_body(relay: Relay) -> None:
@@ -519,7 +523,7 @@ async def test_a_caller_may_have_so_many_answers_open_and_no_more(relay: Relay) 
     assert (error["retryable"], error["retry_after"]) == (True, 1)
     # Another caller may.
     assert (await app.chat(host="127.0.0.2")).status == 200
-    held[0].leave()
+    held[0].disconnect()
     await app.log.request(1)
     assert (await app.chat()).status == 200
 
@@ -532,7 +536,7 @@ async def test_a_server_has_so_many_answers_open_and_no_more(relay: Relay) -> No
     error = await failure(refused)
     assert (refused.status, error["code"]) == (503, "overloaded")
     assert (error["retryable"], error["retry_after"]) == (True, 1)
-    held.leave()
+    held.disconnect()
     await app.log.request(1)
     assert (await app.chat(host="127.0.0.2")).status == 200
 
@@ -541,7 +545,7 @@ async def test_what_is_refused_gives_its_slot_back(relay: Relay) -> None:
     app, _ = await relay(hello, MAX_STREAMS="1", RATE_LIMIT="off")
     client = await app.connect()
     for body in (b"", b"{}", b'{"message": "Hi", "model_id": "x"}'):
-        assert (await client.ask("POST", CHAT, body, JSON)).status in (400, 422)
+        assert (await client.request("POST", CHAT, body, JSON)).status in (400, 422)
         client = await app.connect()
     reply = await app.chat()
     assert reply.status == 200
@@ -615,7 +619,7 @@ async def test_of_two_reasons_to_refuse_a_request_the_first_is_told(
 ) -> None:
     app, provider = await relay(text, MAX_BODY_BYTES="100", **env)
     await (await app.chat()).event()
-    reply = await (await app.connect()).ask("POST", CHAT, body, headers)
+    reply = await (await app.connect()).request("POST", CHAT, body, headers)
     assert await code(reply) == expected
     assert len(provider.requests) == 1
 
@@ -650,7 +654,7 @@ async def test_what_fails_before_the_first_text_gets_a_status_of_its_own(
     line = await app.log.request()
     assert (line["status"], line["outcome"]) == (502, "upstream_error")
     # The connection is as good as after any other answer.
-    assert (await client.ask("GET", "/healthz")).status == 200
+    assert (await client.request("GET", "/healthz")).status == 200
 
 
 async def test_what_fails_after_the_first_text_is_the_one_terminal_event(relay: Relay) -> None:
@@ -668,8 +672,8 @@ async def test_what_fails_after_the_first_text_is_the_one_terminal_event(relay: 
     assert end["error"]["retryable"] is True
     assert "memory" not in end["error"]["message"]
     line = await app.log.request()
-    assert (line["status"], line["outcome"], line["pieces"]) == (200, "upstream_error", 2)
-    assert (await client.ask("GET", "/healthz")).status == 200
+    assert (line["status"], line["outcome"], line["chunks"]) == (200, "upstream_error", 2)
+    assert (await client.request("GET", "/healthz")).status == 200
 
 
 async def test_what_fails_after_a_heartbeat_is_the_terminal_event(relay: Relay) -> None:
@@ -715,7 +719,7 @@ async def test_a_provider_that_is_late_before_its_first_text_is_a_504(
     assert (error["code"], error["retryable"]) == ("upstream_timeout", True)
     assert said in error["message"]
     await (await provider.request()).closed.wait()
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
 
 
 @pytest.mark.parametrize(
@@ -742,7 +746,7 @@ async def test_a_provider_that_is_late_after_the_commit_is_the_terminal_event(
 async def test_reasoning_stops_the_timer_of_the_first_piece(relay: Relay) -> None:
     app, provider = await relay(reasoning, FIRST_TOKEN_TIMEOUT_SECONDS="1", HEARTBEAT_SECONDS="1.5")
     reply = await app.chat()
-    # By now the first piece would be overdue.
+    # By now the first chunk would be overdue.
     assert await reply.block() == ": keep-alive"
     await (await provider.request()).more(delta("Hi"), DONE)
     assert [event.get("chunk") for event in await reply.events()] == ["Hi", None]
@@ -752,7 +756,7 @@ async def test_reasoning_stops_the_timer_of_the_first_piece(relay: Relay) -> Non
 
 
 def close(client: Client) -> None:
-    client.leave()
+    client.disconnect()
 
 
 def half_close(client: Client) -> None:
@@ -771,8 +775,8 @@ async def test_leaving_before_the_first_text_closes_the_provider(
     leave(client)
     await request.closed.wait()
     line = await app.log.request()
-    assert (line["outcome"], line["status"], line["pieces"]) == ("client_gone", None, 0)
-    assert await app.metric("chat_open_streams") == 0
+    assert (line["outcome"], line["status"], line["chunks"]) == ("client_disconnected", None, 0)
+    assert await app.metric("chat_active_streams") == 0
 
 
 @pytest.mark.parametrize("leave", [close, half_close])
@@ -782,12 +786,12 @@ async def test_leaving_after_the_first_text_closes_the_provider(
     app, provider = await relay(text)
     client = await app.connect()
     await (await client.chat()).event()
-    assert await app.metric("chat_open_streams") == 1
+    assert await app.metric("chat_active_streams") == 1
     leave(client)
     await (await provider.request()).closed.wait()
     line = await app.log.request(1)
-    assert (line["outcome"], line["status"], line["pieces"]) == ("client_gone", 200, 1)
-    assert await app.metric("chat_open_streams") == 0
+    assert (line["outcome"], line["status"], line["chunks"]) == ("client_disconnected", 200, 1)
+    assert await app.metric("chat_active_streams") == 0
 
 
 async def test_leaving_with_another_request_waiting_closes_the_provider(relay: Relay) -> None:
@@ -798,9 +802,9 @@ async def test_leaving_with_another_request_waiting_closes_the_provider(relay: R
     client = await app.connect()
     client.writer.write(raw("POST", CHAT, body=HELLO) * 2)
     assert (await client.head()).status == 200
-    client.leave()
+    client.disconnect()
     await (await provider.request()).closed.wait()
-    assert (await app.log.request())["outcome"] == "client_gone"
+    assert (await app.log.request())["outcome"] == "client_disconnected"
     assert len(provider.requests) == 1
 
 
@@ -818,23 +822,23 @@ async def test_a_client_that_takes_nothing_is_cut_and_the_provider_held_back(
     await (await provider.request()).closed.wait()
     line = await app.log.request()
     assert (line["outcome"], line["status"]) == ("client_stalled", 200)
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
     # What a few buffers of the kernel hold; without backpressure it would be all memory.
-    assert line["pieces"] * 60_000 < 32 * 2**20
+    assert line["chunks"] * 60_000 < 32 * 2**20
     # What was on its way is thrown away, the kernel's megabytes too: that takes a reset.
     with pytest.raises(ConnectionResetError):
         await client.reader.read()
 
 
 async def test_a_client_that_reads_slowly_gets_all_of_a_long_answer(relay: Relay) -> None:
-    pieces = [f"{n}:" + "x" * 50_000 for n in range(80)]
+    chunks = [f"{n}:" + "x" * 50_000 for n in range(80)]
 
     async def script(request: Connection) -> None:
-        await request.answer(*pieces)
+        await request.complete(*chunks)
 
     app, _ = await relay(script)
     reply = await (await narrow(app)).chat()
-    assert [event.get("chunk") for event in await reply.events()] == [*pieces, None]
+    assert [event.get("chunk") for event in await reply.events()] == [*chunks, None]
 
 
 # ---- the connection
@@ -853,7 +857,7 @@ async def test_a_connection_serves_one_request_after_another_whatever_was_answer
         ("/nowhere", HELLO, JSON, 404),
         (CHAT, HELLO, JSON, 200),
     ):
-        reply = await client.ask("POST", path, body, headers)
+        reply = await client.request("POST", path, body, headers)
         assert reply.status == status
         await reply.body()
     assert provider.connections == 1
@@ -968,7 +972,7 @@ async def test_what_is_asked_often_needs_no_token_and_answers_head_too(
     )
     client = await app.connect()
     for _ in range(2):
-        reply = await client.ask("GET", path)
+        reply = await client.request("GET", path)
         assert reply.status == 200
         assert reply.headers["content-type"] == "application/json"
         assert "x-request-id" in reply.headers
@@ -986,7 +990,7 @@ async def test_metrics_are_prometheus_text(relay: Relay) -> None:
     assert reply.headers["content-type"].startswith("text/plain; version=")
     lines = (await reply.body()).decode().splitlines()
     assert 'chat_requests_total{outcome="done",route="/api/v1/chat",status="200"} 1.0' in lines
-    assert 'chat_pieces_total{model="gpt-4o-mini",provider="openai"} 2.0' in lines
+    assert 'chat_chunks_total{model="gpt-4o-mini",provider="openai"} 2.0' in lines
 
 
 async def test_metrics_can_be_switched_off(service: StartService) -> None:
@@ -1023,10 +1027,10 @@ async def test_a_page_of_an_allowed_origin_may_read_every_answer(
 ) -> None:
     app = await service(CORS_ORIGINS=f"{HERE},https://other.example", **env)
     client = await app.connect()
-    reply = await client.ask("POST", path, body, {**JSON, "origin": HERE})
+    reply = await client.request("POST", path, body, {**JSON, "origin": HERE})
     if reply.status == 200 != status:
         await reply.body()
-        reply = await client.ask("POST", path, body, {**JSON, "origin": HERE})
+        reply = await client.request("POST", path, body, {**JSON, "origin": HERE})
     assert reply.status == status
     assert reply.headers["access-control-allow-origin"] == HERE
     assert set(reply.headers["access-control-expose-headers"].split(", ")) == EXPOSED
@@ -1067,7 +1071,7 @@ async def test_a_preflight_is_answered_and_takes_no_token(
     app = await service(CORS_ORIGINS=HERE, RATE_LIMIT="1/day")
     client = await app.connect()
     for _ in range(3):
-        reply = await client.ask("OPTIONS", CHAT, headers=preflight(HERE, method))
+        reply = await client.request("OPTIONS", CHAT, headers=preflight(HERE, method))
         assert reply.status == 200
         assert reply.headers["access-control-allow-origin"] == HERE
         assert method in reply.headers["access-control-allow-methods"]
@@ -1078,7 +1082,7 @@ async def test_a_preflight_is_answered_and_takes_no_token(
 
 async def test_a_preflight_from_elsewhere_is_refused(service: StartService) -> None:
     app = await service(CORS_ORIGINS=HERE)
-    reply = await (await app.connect()).ask(
+    reply = await (await app.connect()).request(
         "OPTIONS", CHAT, headers=preflight("https://evil.example")
     )
     assert reply.status == 400
@@ -1103,7 +1107,7 @@ async def test_only_allowed_hosts_are_answered(
     service: StartService, host: str, status: int
 ) -> None:
     app = await service(ALLOWED_HOSTS="localhost,*.example.com,[::1]")
-    reply = await (await app.connect()).ask("GET", "/healthz", headers={"host": host})
+    reply = await (await app.connect()).request("GET", "/healthz", headers={"host": host})
     assert reply.status == status
     assert "x-request-id" in reply.headers
 
@@ -1216,7 +1220,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(launch: Launch) -> No
     ]
     assert (await process.line("request"))["request_id"] == reply.headers["x-request-id"]
     assert any(line["event"].startswith("NO MODEL ANSWERS") for line in process.lines)
-    client.leave()
+    client.disconnect()
     process.process.send_signal(signal.SIGTERM)
     status, errors = await process.ended()
     assert status in (0, -signal.SIGTERM)
@@ -1300,9 +1304,9 @@ async def test_a_file_of_settings_is_read_and_the_environment_wins(
         process = await launch(DEFAULT_MODEL=given)
         url = await process.url()
         client = await Client.connect(url)
-        models = await (await client.ask("GET", "/api/v1/models")).json()
+        models = await (await client.request("GET", "/api/v1/models")).json()
         assert models == {"default": default, "models": ["from-file", "from-env", "other"]}
-        client.leave()
+        client.disconnect()
         warned = [line["event"] for line in process.lines if line["level"] == "warning"]
         assert warned[0] == (
             "OPENAI_API_KY in .env is not a setting of this service; did you mean OPENAI_API_KEY?"
@@ -1341,27 +1345,27 @@ async def test_at_a_terminal_the_log_is_text(launch: Launch) -> None:
 
 
 class Defective(LLMProvider):
-    """Fails as only a defect of ours can, after these pieces."""
+    """Fails as only a defect of ours can, after these chunks."""
 
     name = "defective"
 
-    def __init__(self, *pieces: str) -> None:
-        self.pieces = pieces
+    def __init__(self, *chunks: str) -> None:
+        self.chunks = chunks
 
-    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> Pieces:
-        for piece in self.pieces:
-            yield [piece]
+    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
+        for chunk in self.chunks:
+            yield [chunk]
         raise ValueError("what the caller " + "said")
 
 
-@pytest.mark.parametrize("pieces", [(), ("Hel",)], ids=["before the first text", "after it"])
+@pytest.mark.parametrize("chunks", [(), ("Hel",)], ids=["before the first text", "after it"])
 async def test_a_providers_defect_is_an_internal_error_and_gives_all_back(
-    service: StartService, pieces: tuple[str, ...]
+    service: StartService, chunks: tuple[str, ...]
 ) -> None:
-    app = await service(Defective(*pieces), MODELS="gpt-4o-mini,mock/*,defective/*")
+    app = await service(Defective(*chunks), MODELS="gpt-4o-mini,mock/*,defective/*")
     reply = await app.chat(model_id="defective/x", session_id="mine")
-    told = (await reply.events())[-1] if pieces else await reply.json()
-    assert (reply.status, told["error"]["code"]) == (200 if pieces else 500, "internal_error")
+    told = (await reply.events())[-1] if chunks else await reply.json()
+    assert (reply.status, told["error"]["code"]) == (200 if chunks else 500, "internal_error")
     line = await app.log.request()
     assert (line["outcome"], line["level"], line["cause"]) == (
         "internal_error",
@@ -1371,5 +1375,5 @@ async def test_a_providers_defect_is_an_internal_error_and_gives_all_back(
     assert "Defective" not in told["error"]["message"]
     assert "test_service.py" in line["trace"]
     assert "what the caller said" not in app.log.lines[-1]
-    assert await app.metric("chat_open_streams") == 0
+    assert await app.metric("chat_active_streams") == 0
     assert (await app.chat(model_id="mock/echo", session_id="mine")).status == 200

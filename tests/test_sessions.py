@@ -27,20 +27,20 @@ import anyio
 import pytest
 
 import sessions
-from errors import StateUnavailable
-from ratelimit import by_address
+from ratelimit import anonymous_caller
 from server import Drain
-from service import create_app, keep_sweeping
+from service import create_app, sweep_periodically
 from sessions import APPLICATION_ID, SCHEMA_VERSION, SWEEP_ROWS, SessionStore, SQLiteStore, Turn
 from settings import SettingsError, from_env
+from tests.conftest import raises
 
 Headers = Mapping[str, str]
 
 TTL = 100.0
 MAX_CHARS = 1000
 AT = 1_800_000_000.0
-ME = by_address("192.0.2.1").owner
-NEIGHBOUR = by_address("192.0.2.2").owner
+ME = anonymous_caller("192.0.2.1").owner
+NEIGHBOUR = anonymous_caller("192.0.2.2").owner
 NOBODYS_GUESS = "s_" + "A" * 43
 
 
@@ -178,7 +178,7 @@ async def test_a_turn_that_cannot_be_stored_is_not_half_stored_and_gives_the_loc
     store: SQLiteStore, file: Path, chosen: str | None, how: str
 ) -> None:
     session = await store.open(ME, chosen)
-    with storing_fails(file, how=how), pytest.raises(StateUnavailable):
+    with storing_fails(file, how=how), raises("state_unavailable"):
         await store.end(session, said("lost"))
     if chosen is None:
         assert count(file, "session") == 0
@@ -200,14 +200,14 @@ async def test_a_lock_that_was_taken_reaches_a_caller_who_is_cancelled(store: SQ
 async def test_an_end_that_is_given_up_while_it_waits_gives_the_lock_back(
     store: SQLiteStore, file: Path
 ) -> None:
-    """As after SETTLE_SECONDS, when the file has been locked for as long."""
+    """As after FINISH_SECONDS_LIMIT, when the file has been locked for as long."""
     first, second = await store.open(ME, "first"), await store.open(ME, "second")
     with held(file):
         slow = asyncio.create_task(store.end(first, said()))
         with anyio.CancelScope() as scope:
             asyncio.get_running_loop().call_soon(scope.cancel)
             await store.end(second, said())
-        with pytest.raises(StateUnavailable):
+        with raises("state_unavailable"):
             await slow
     await talk(store, "first", said())
     await talk(store, "second", said())
@@ -369,9 +369,9 @@ def test_a_state_url_that_cannot_be_used_stops_the_start_in_one_line_and_changes
 ) -> None:
     prepare(file)
     before = file.read_bytes() if file.is_file() else None
-    with pytest.raises(SettingsError) as refusal:
+    with pytest.raises(SettingsError) as classify_error:
         create_app(from_env({"STATE_URL": f"sqlite:///{file}"}), logging.Logger("test"), Drain())
-    line = str(refusal.value)
+    line = str(classify_error.value)
     assert line.startswith(f"STATE_URL: {file} ")
     assert "sqlite:///PATH" in line
     assert "\n" not in line
@@ -383,9 +383,9 @@ def test_a_redis_that_is_not_there_stops_the_start() -> None:
         bound.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         settings = from_env({"STATE_URL": f"redis://user:password@{address}/0"})
-        with pytest.raises(SettingsError) as refusal:
+        with pytest.raises(SettingsError) as classify_error:
             create_app(settings, logging.Logger("test"), Drain())
-    line = str(refusal.value)
+    line = str(classify_error.value)
     assert line.startswith("STATE_URL: Redis does not serve: ")
     assert address in line
     assert "user" not in line
@@ -465,7 +465,7 @@ async def test_while_another_process_holds_the_file_it_can_be_read_and_afterward
         session = await ends.open(ME, "mine")
         with held(*files):
             # What the service does by itself outlives what it can't do now.
-            sweeping = asyncio.create_task(keep_sweeping(sweeps))
+            sweeping = asyncio.create_task(sweep_periodically(sweeps))
             refused = await asyncio.gather(
                 ends.end(session, said("lost")),
                 begins.open(ME, "new"),
@@ -474,7 +474,7 @@ async def test_while_another_process_holds_the_file_it_can_be_read_and_afterward
                 sweeps.check(),
                 return_exceptions=True,
             )
-            assert [type(error) for error in refused[:3]] == [StateUnavailable] * 3
+            assert [type(error) for error in refused[:3]] == ["state_unavailable"] * 3
             assert refused[3] is None
             assert not sweeping.done()
             for store in (ends, begins, deletes):
@@ -493,7 +493,7 @@ async def test_a_store_that_does_not_answer_fails_its_check(store: SQLiteStore, 
     await store.check()
     with other_connection(file) as db:
         db.execute("ALTER TABLE session RENAME TO elsewhere")
-        with pytest.raises(StateUnavailable) as failure:
+        with raises("state_unavailable") as failure:
             await store.check()
         assert (failure.value.retryable, failure.value.retry_after) == (True, 1)
         db.execute("ALTER TABLE elsewhere RENAME TO session")
@@ -574,14 +574,14 @@ async def test_a_hundred_thousand_sessions_cost_a_request_no_more_than_a_hundred
             taken[sessions_stored] = [
                 steps(
                     db,
-                    "SELECT incarnation FROM session WHERE digest = ? AND owner IN (?, 'anyone')",
+                    "SELECT generation FROM session WHERE digest = ? AND owner IN (?, 'anyone')",
                     *key,
                 ),
-                steps(db, "UPDATE session SET expires_at = ? WHERE incarnation = ?", 0.5, middle),
-                steps(db, "DELETE FROM session WHERE incarnation = ?", middle),
+                steps(db, "UPDATE session SET expires_at = ? WHERE generation = ?", 0.5, middle),
+                steps(db, "DELETE FROM session WHERE generation = ?", middle),
                 steps(
                     db,
-                    "SELECT incarnation FROM session WHERE expires_at <= ? AND incarnation NOT IN"
+                    "SELECT generation FROM session WHERE expires_at <= ? AND generation NOT IN"
                     " (SELECT value FROM json_each('[1]')) LIMIT 10",
                     AT,
                 ),

@@ -16,8 +16,8 @@ from settings import (
     SettingsError,
     from_env,
     read_env_file,
-    unknown_variables,
-    variables,
+    unknown_variable_warnings,
+    variable_names,
 )
 from tests.conftest import StartService
 
@@ -29,7 +29,7 @@ OPENAI = {"OPENAI_API_KEY": OPENAI_KEY}
 GROQ = {"PROVIDERS": "groq", "GROQ_BASE_URL": "https://api.groq.com/openai/v1"}
 
 
-def refusal(env: Mapping[str, str]) -> str:
+def classify_error(env: Mapping[str, str]) -> str:
     """The one line with which these variables stop the start."""
     with pytest.raises(SettingsError) as caught:
         from_env(env)
@@ -113,7 +113,7 @@ def test_a_variable_takes(name: str, text: str, value: object) -> None:
     assert from_env({name: text}).model_dump(mode="json")[name.lower()] == value
 
 
-@pytest.mark.parametrize("name", variables())
+@pytest.mark.parametrize("name", variable_names())
 def test_an_empty_value_is_an_unset_one(name: str) -> None:
     assert from_env({name: " "}) == from_env({})
 
@@ -181,18 +181,20 @@ def test_settings_are_frozen_and_know_no_other_field() -> None:
 def test_a_bad_value_is_refused_with_its_name_what_it_is_and_what_is_taken(
     name: str, got: str, takes: str
 ) -> None:
-    line = refusal({name: got})
+    line = classify_error({name: got})
     assert line.startswith(f"{name}={got!r}: ")
     assert takes in line
 
 
 def test_a_text_that_is_not_utf_8_is_refused_at_the_start_and_not_at_every_request() -> None:
     # What os.environ makes of a byte that is not UTF-8; no request to a provider could hold it.
-    assert "SYSTEM_PROMPT" in refusal({"SYSTEM_PROMPT": "caf\udce9"})
+    assert "SYSTEM_PROMPT" in classify_error({"SYSTEM_PROMPT": "caf\udce9"})
 
 
 def test_nobody_may_call_is_refused() -> None:
-    assert refusal({"ALLOW_ANONYMOUS": "false"}).startswith("ALLOW_ANONYMOUS=false needs API_KEYS")
+    assert classify_error({"ALLOW_ANONYMOUS": "false"}).startswith(
+        "ALLOW_ANONYMOUS=false needs API_KEYS"
+    )
     keys = f"app:{CALLER_KEY}"
     assert not from_env({"ALLOW_ANONYMOUS": "false", "API_KEYS": keys}).allow_anonymous
 
@@ -200,7 +202,9 @@ def test_nobody_may_call_is_refused() -> None:
 # Secrets
 
 
-@pytest.mark.parametrize("show", [repr, str, lambda s: f"{s.upstreams}", lambda s: f"{s.api_keys}"])
+@pytest.mark.parametrize(
+    "show", [repr, str, lambda s: f"{s.configured_providers}", lambda s: f"{s.api_keys}"]
+)
 def test_no_way_of_printing_settings_shows_a_secret(show: Callable[[Settings], str]) -> None:
     env = {**OPENAI, **GROQ, "GROQ_API_KEY": GROQ_KEY, "API_KEYS": f"app:{CALLER_KEY}"}
     shown = show(from_env({**env, "STATE_URL": "redis://user:password@127.0.0.1"}))
@@ -246,7 +250,7 @@ def test_a_key_of_a_caller_is_not_even_kept() -> None:
 def test_a_refusal_names_the_variable_and_what_it_takes_and_holds_no_secret(
     env: dict[str, str], secret: str, takes: str
 ) -> None:
-    line = refusal(env)
+    line = classify_error(env)
     assert line.startswith(next(iter(env)))
     assert takes in line
     assert secret not in line
@@ -280,7 +284,7 @@ def test_a_secret_may_stand_in_a_file_its_white_space_stripped(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", ["OPENAI_API_KEY", "GROQ_API_KEY", "API_KEYS"])
 def test_a_secret_that_is_set_twice_is_refused(name: str, tmp_path: Path) -> None:
-    line = refusal({**GROQ, name: CALLER_KEY, f"{name}_FILE": str(tmp_path)})
+    line = classify_error({**GROQ, name: CALLER_KEY, f"{name}_FILE": str(tmp_path)})
     assert line == f"{name} and {name}_FILE are both set: keep one"
 
 
@@ -307,7 +311,7 @@ def test_a_secret_file_that_cannot_be_read_is_refused_with_the_reason(
         file.write_bytes(content)
     elif content:
         file.mkdir()
-    line = refusal({**GROQ, "GROQ_API_KEY_FILE": str(file)})
+    line = classify_error({**GROQ, "GROQ_API_KEY_FILE": str(file)})
     assert line == f"GROQ_API_KEY_FILE={str(file)!r} can't be read: {reason}"
 
 
@@ -335,9 +339,9 @@ def test_a_key_may_hold_colons() -> None:
 
 
 def test_openai_is_a_provider_as_soon_as_it_has_a_key_and_stands_first() -> None:
-    assert [upstream.name for upstream in from_env(GROQ).upstreams] == ["groq"]
+    assert [upstream.name for upstream in from_env(GROQ).configured_providers] == ["groq"]
     settings = from_env({**GROQ, **OPENAI, "OPENAI_BASE_URL": "http://localhost:1/v1"})
-    openai, groq = settings.upstreams
+    openai, groq = settings.configured_providers
     assert (openai.name, str(openai.base_url)) == ("openai", "http://localhost:1/v1")
     assert openai.api_key is not None
     assert openai.api_key.get_secret_value() == OPENAI_KEY
@@ -345,7 +349,7 @@ def test_openai_is_a_provider_as_soon_as_it_has_a_key_and_stands_first() -> None
 
 
 def test_openai_is_asked_at_its_own_address_unless_that_is_moved() -> None:
-    assert str(from_env(OPENAI).upstreams[0].base_url) == "https://api.openai.com/v1"
+    assert str(from_env(OPENAI).configured_providers[0].base_url) == "https://api.openai.com/v1"
 
 
 def test_providers_are_configured_by_their_names_in_capitals_and_need_no_key() -> None:
@@ -369,12 +373,12 @@ def test_providers_are_configured_by_their_names_in_capitals_and_need_no_key() -
     ["openai", "mock", "rate-limit", "Groq", "local_llm", "1st", "-a", "a/b", "a" * 33, "a b"],
 )
 def test_a_name_that_is_taken_or_makes_no_variable_is_no_provider(name: str) -> None:
-    line = refusal({"PROVIDERS": f"groq,{name}", "GROQ_BASE_URL": "http://localhost"})
+    line = classify_error({"PROVIDERS": f"groq,{name}", "GROQ_BASE_URL": "http://localhost"})
     assert line.startswith(f"PROVIDERS: {name!r} is not usable: takes names such as groq")
 
 
 def test_a_provider_without_an_address_is_refused() -> None:
-    line = refusal({"PROVIDERS": "local-llm"})
+    line = classify_error({"PROVIDERS": "local-llm"})
     assert line == "LOCAL_LLM_BASE_URL is not set, but PROVIDERS names local-llm"
 
 
@@ -412,7 +416,7 @@ def test_bare_models_are_answered_by(env: dict[str, str], name: str) -> None:
 def test_a_default_provider_that_is_not_configured_is_refused(
     env: dict[str, str], line: str
 ) -> None:
-    assert refusal(env).startswith(line)
+    assert classify_error(env).startswith(line)
 
 
 # The .env file
@@ -433,18 +437,18 @@ def test_a_default_provider_that_is_not_configured_is_refused(
 def test_an_unknown_name_gives_a_warning_that_offers_the_nearest_known_one(
     name: str, hint: str
 ) -> None:
-    warnings = list(unknown_variables([name, "PORT"], from_env(GROQ)))
+    warnings = list(unknown_variable_warnings([name, "PORT"], from_env(GROQ)))
     assert warnings == [f"{name} in .env is not a setting of this service{hint}"]
 
 
 def test_all_that_is_read_is_known() -> None:
     secrets = ("OPENAI_API_KEY_FILE", "API_KEYS_FILE", "STATE_URL_FILE", "GROQ_API_KEY_FILE")
-    names = [*variables(), *secrets, "GROQ_BASE_URL", "GROQ_API_KEY"]
-    assert list(unknown_variables(names, from_env(GROQ))) == []
+    names = [*variable_names(), *secrets, "GROQ_BASE_URL", "GROQ_API_KEY"]
+    assert list(unknown_variable_warnings(names, from_env(GROQ))) == []
 
 
 def test_variables_of_a_provider_that_is_not_named_are_unknown() -> None:
-    assert len([*unknown_variables(["GROQ_BASE_URL", "GROQ_API_KEY"], from_env({}))]) == 2
+    assert len([*unknown_variable_warnings(["GROQ_BASE_URL", "GROQ_API_KEY"], from_env({}))]) == 2
 
 
 @pytest.mark.parametrize(
@@ -513,15 +517,15 @@ EXAMPLES = ["GROQ_BASE_URL", "GROQ_API_KEY"]
 
 def test_the_example_holds_each_variable_once_in_the_order_of_the_model() -> None:
     names = [match[2] for match in ASSIGNMENT.finditer(EXAMPLE.read_text())]
-    assert [name for name in names if name not in EXAMPLES] == variables()
+    assert [name for name in names if name not in EXAMPLES] == variable_names()
     assert [name for name in names if name in EXAMPLES] == EXAMPLES
 
 
 def test_the_example_writes_down_the_defaults() -> None:
     assert from_env(read_env_file(EXAMPLE)) == from_env({})
-    assert list(unknown_variables(read_env_file(EXAMPLE), from_env({}))) == []
+    assert list(unknown_variable_warnings(read_env_file(EXAMPLE), from_env({}))) == []
     for match in ASSIGNMENT.finditer(EXAMPLE.read_text()):
-        if match[2] in variables():
+        if match[2] in variable_names():
             default = Settings.model_fields[match[2].lower()].default
             assert bool(match[1]) == (default is None or default == ()), match[2]
             assert bool(match[3]) != bool(match[1]), match[2]
@@ -570,15 +574,15 @@ class Watched(dict):
 os.environ = Watched(os.environ)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from settings import variables
-print(sorted(asked & set(variables())), logging.getLogger().handlers)
+from settings import variable_names
+print(sorted(asked & set(variable_names())), logging.getLogger().handlers)
 """
 
 
 def test_importing_the_modules_reads_no_setting_and_configures_no_log(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     modules = project["tool"]["setuptools"]["py-modules"]
-    bad = dict.fromkeys(variables(), "*** no value of any variable ***")
+    bad = dict.fromkeys(variable_names(), "*** no value of any variable ***")
     (tmp_path / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in bad.items()))
     run = subprocess.run(
         [sys.executable, "-c", WATCHED_IMPORT, *modules],

@@ -86,9 +86,9 @@ class Running:
         assert self.lines[-1]["event"] == "Stopped"
         assert {line["level"] for line in self.lines} <= {"info", "warning"}
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         for client in self.clients:
-            client.leave()
+            client.disconnect()
 
     def turns(self) -> list[tuple[str, bool]]:
         """The answers in the file, and whether each is complete."""
@@ -121,7 +121,7 @@ async def process(script: Script, tmp_path: Path, **env: str) -> AsyncIterator[R
                 first = json.loads(await child.stdout.readline())
                 url = first["event"].removeprefix("Listening on ").partition(";")[0]
                 running = Running(child, url, upstream, file, [first])
-                stack.callback(running.leave)
+                stack.callback(running.disconnect)
                 yield running
         finally:
             if child.returncode is None:
@@ -166,7 +166,7 @@ async def test_where_nothing_runs_it_ends_at_once(sign: signal.Signals, tmp_path
     async with process(silence, tmp_path, DRAIN_SECONDS="3600") as service:
         # A connection that is kept for later is not an answer.
         idle = await service.connect()
-        await (await idle.ask("GET", "/healthz")).body()
+        await (await idle.request("GET", "/healthz")).body()
         service.stop(sign)
         await service.ended()
         await idle.closed()
@@ -199,7 +199,7 @@ async def test_while_it_drains_new_chats_and_readyz_are_refused(tmp_path: Path) 
         await running.event()
         await service.stopping()
         for path, status in (("/readyz", 503), ("/healthz", 200), ("/metrics", 200)):
-            reply = await (await service.connect()).ask("GET", path)
+            reply = await (await service.connect()).request("GET", path)
             assert reply.status == status
             await reply.body()
         late = await (await service.connect()).chat()
@@ -278,9 +278,9 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
         head = b"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n"
         client.writer.write(head + b"content-type: application/json\r\n\r\n{")
         other = await service.connect()
-        open_streams = b""
-        while b"chat_open_streams 1.0" not in open_streams:
-            open_streams = await (await other.ask("GET", "/metrics")).body()
+        active_streams = b""
+        while b"chat_active_streams 1.0" not in active_streams:
+            active_streams = await (await other.request("GET", "/metrics")).body()
         service.stop()
         reply = await client.head()
         assert (reply.status, reply.headers["connection"]) == (503, "close")
@@ -334,9 +334,9 @@ async def test_a_session_that_is_being_opened_is_given_back(tmp_path: Path) -> N
         db.execute("BEGIN IMMEDIATE")
         asking = asyncio.ensure_future((await service.connect()).chat(session_id="demo"))
         other = await service.connect()
-        open_streams = b""
-        while b"chat_open_streams 1.0" not in open_streams:
-            open_streams = await (await other.ask("GET", "/metrics")).body()
+        active_streams = b""
+        while b"chat_active_streams 1.0" not in active_streams:
+            active_streams = await (await other.request("GET", "/metrics")).body()
         await service.stopping()
         db.execute("ROLLBACK")
         db.close()
@@ -432,30 +432,30 @@ async def test_a_turn_that_can_not_be_stored_in_the_end_is_told(tmp_path: Path) 
 async def test_a_drain_returns_when_the_last_of_what_is_under_way_has_ended() -> None:
     drain = Drain()
     told: list[errors.ServiceError] = []
-    with drain.under_way(told.append):
+    with drain.track(told.append):
         first = asyncio.Event()
 
         async def short() -> None:
-            with drain.under_way(lambda error: None):
+            with drain.track(lambda error: None):
                 await first.wait()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(short)
             await anyio.lowlevel.checkpoint()
-            tasks.start_soon(drain.finish, 3600)
+            tasks.start_soon(drain.drain, 3600)
             await anyio.lowlevel.checkpoint()
             assert drain.draining
             first.set()
             await anyio.lowlevel.checkpoint()
             assert told == []
-            drain.hurry()
+            drain.force()
     assert [error.code for error in told] == ["shutting_down"]
-    await drain.finish(3600)
+    await drain.drain(3600)
 
 
 async def test_what_begins_after_the_drain_is_over_is_ended_at_once() -> None:
     drain = Drain()
-    await drain.finish(0)
+    await drain.drain(0)
     told: list[errors.ServiceError] = []
-    with drain.under_way(told.append):
+    with drain.track(told.append):
         assert [error.code for error in told] == ["shutting_down"]

@@ -21,9 +21,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from errors import ServiceError, SessionBusy, SessionNotFound, StateUnavailable
-from redis_state import RedisStore, Server
-from sessions import ISSUED, Session, SessionStore, SQLiteStore, Turn
+from errors import Code
+from redis_state import RedisClient, RedisStore
+from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
+from tests.conftest import raises
 from tests.redis_server import RedisServer
 from tests.test_sessions import (
     MAX_CHARS,
@@ -41,7 +42,7 @@ from tests.test_sessions import (
 
 
 def chars(turn: Turn) -> int:
-    return len(turn.message) + len(turn.answer)
+    return len(turn.message) + len(turn.response)
 
 
 class Backend(ABC):
@@ -145,7 +146,7 @@ class RedisBackend(Backend):
         return time.time()
 
     def store(self, max_chars: int = MAX_CHARS) -> SessionStore:
-        return RedisStore(Server(self.server.url), ttl=TTL, max_chars=max_chars)
+        return RedisStore(RedisClient(self.server.url), ttl=TTL, max_chars=max_chars)
 
     def wait(self, seconds: float) -> None:
         self.waited += seconds
@@ -230,7 +231,7 @@ async def test_what_was_said_is_there_for_the_next_process(backend: Backend) -> 
 async def test_issued_ids_hold_256_bits_and_are_never_the_same(store: SessionStore) -> None:
     issued = {(await store.open(ME, None)).id for _ in range(100)}
     assert len(issued) == 100
-    assert all(ISSUED.fullmatch(session_id) for session_id in issued)
+    assert all(ISSUED_ID.fullmatch(session_id) for session_id in issued)
 
 
 @pytest.mark.parametrize("chosen", ["mine", None])
@@ -298,7 +299,7 @@ async def test_a_guessed_id_of_an_issued_ones_shape_is_not_adopted(
     store: SessionStore, backend: Backend
 ) -> None:
     for use in (store.open, store.read, store.delete, store.open):
-        with pytest.raises(SessionNotFound):
+        with raises("session_not_found"):
             await use(ME, NOBODYS_GUESS)
     backend.holds(0, 0)
 
@@ -306,7 +307,7 @@ async def test_a_guessed_id_of_an_issued_ones_shape_is_not_adopted(
 async def test_an_issued_id_is_valid_once_its_first_answer_has_ended(store: SessionStore) -> None:
     session = await store.open(ME, None)
     for use in (store.open, store.read, store.delete):
-        with pytest.raises(SessionNotFound):
+        with raises("session_not_found"):
             await use(ME, session.id)
     await store.end(session, said())
     assert await texts(store, session.id) == ["Hi"]
@@ -319,7 +320,7 @@ async def test_an_id_that_was_issued_to_a_key_needs_that_key_even_while_it_is_bu
     session = await store.open("key:app", issued)
     for owner in ("key:web", ME):
         for use in (store.open, store.read, store.delete):
-            with pytest.raises(SessionNotFound):
+            with raises("session_not_found"):
                 await use(owner, issued)
     await store.end(session, said("again"))
     assert await texts(store, issued, owner="key:app") == ["Hi", "again"]
@@ -329,9 +330,9 @@ async def test_a_deleted_session_is_gone_and_its_name_begins_anew(store: Session
     for session_id in (await talk(store, None, said()), await talk(store, "mine", said())):
         await store.delete(ME, session_id)
         for use in (store.read, store.delete):
-            with pytest.raises(SessionNotFound):
+            with raises("session_not_found"):
                 await use(ME, session_id)
-    with pytest.raises(SessionNotFound):
+    with raises("session_not_found"):
         await store.open(ME, NOBODYS_GUESS)
     assert [*(await store.open(ME, "mine")).turns] == []
 
@@ -343,7 +344,7 @@ async def test_only_one_answer_is_written_in_a_session_at_a_time(store: SessionS
     for session_id in (await talk(store, None, said("before")), "mine"):
         session = await store.open(ME, session_id)
         for use in (store.open, store.delete):
-            with pytest.raises(SessionBusy):
+            with raises("session_busy"):
                 await use(ME, session_id)
         assert [*(await store.read(ME, session_id)).turns] == [*session.turns]
         await store.end(session, said("after"))
@@ -358,7 +359,7 @@ async def test_of_fifty_at_once_one_gets_the_session(store: SessionStore) -> Non
     got = await asyncio.gather(*opening, return_exceptions=True)
     sessions = [one for one in got if isinstance(one, Session)]
     assert len(sessions) == 1
-    assert sum(isinstance(one, SessionBusy) for one in got) == 49
+    assert sum(one.code == "session_busy" for one in got) == 49
     await store.end(sessions[0], None)
 
 
@@ -369,14 +370,14 @@ async def test_an_answer_that_outlives_its_session_gives_nothing_to_its_successo
     old = await store.open(ME, "mine")
     backend.lose()
     new = await store.open(ME, "mine")
-    with pytest.raises(StateUnavailable):
+    with raises("state_unavailable"):
         await store.end(old, said("the old one's"))
-    with pytest.raises(SessionBusy):
+    with raises("session_busy"):
         await store.open(ME, "mine")
     await store.end(new, said("the new one's"))
     assert await texts(store, "mine") == ["the new one's"]
     await store.delete(ME, "mine")
-    with pytest.raises(SessionNotFound):
+    with raises("session_not_found"):
         await store.read(ME, "mine")
 
 
@@ -393,7 +394,7 @@ async def test_a_session_ends_when_its_time_is_over_after_its_last_turn(
     await talk(store, "mine", said("again", at=backend.now))
     backend.wait(10)
     for use in (store.open, store.read, store.delete):
-        with pytest.raises(SessionNotFound):
+        with raises("session_not_found"):
             await use(ME, issued)
     assert await texts(store, "mine") == ["Hi", "again"]
     backend.wait(TTL)
@@ -411,7 +412,7 @@ async def test_a_session_never_ends_during_an_answer(store: SessionStore, backen
     await store.sweep()
     assert await texts(store, "mine") == ["before"]
     for use in (store.open, store.delete):
-        with pytest.raises(SessionBusy):
+        with raises("session_busy"):
             await use(ME, "mine")
     await store.end(session, said("after", at=backend.now))
     assert await texts(store, "mine") == ["before", "after"]
@@ -473,8 +474,8 @@ class Model(RuleBasedStateMachine):
                 return known
         return None
 
-    def refused(self, error: type[ServiceError], call: Coroutine[Any, Any, object]) -> None:
-        with pytest.raises(error):
+    def refused(self, code: Code, call: Coroutine[Any, Any, object]) -> None:
+        with raises(code):
             self.runner.run(call)
 
     @rule(target=ids, chosen=st.one_of(CHOSEN, st.just(NOBODYS_GUESS)))
@@ -493,10 +494,10 @@ class Model(RuleBasedStateMachine):
     def open(self, owner: str, session_id: str) -> None:
         known = self.find(owner, session_id)
         opening = self.store.open(owner, session_id)
-        if known is None and ISSUED.fullmatch(session_id):
-            self.refused(SessionNotFound, opening)
+        if known is None and ISSUED_ID.fullmatch(session_id):
+            self.refused("session_not_found", opening)
         elif known is not None and known.busy:
-            self.refused(SessionBusy, opening)
+            self.refused("session_busy", opening)
         else:
             if known is None:
                 known = Remembered(self.now + TTL)
@@ -535,9 +536,9 @@ class Model(RuleBasedStateMachine):
         known = self.find(owner, session_id)
         deleting = self.store.delete(owner, session_id)
         if known is None:
-            self.refused(SessionNotFound, deleting)
+            self.refused("session_not_found", deleting)
         elif known.busy:
-            self.refused(SessionBusy, deleting)
+            self.refused("session_busy", deleting)
         else:
             self.runner.run(deleting)
             self.sessions = {key: it for key, it in self.sessions.items() if it is not known}
@@ -569,7 +570,7 @@ class Model(RuleBasedStateMachine):
     def read(self, owner: str, session_id: str) -> None:
         known = self.find(owner, session_id)
         if known is None:
-            self.refused(SessionNotFound, self.store.read(owner, session_id))
+            self.refused("session_not_found", self.store.read(owner, session_id))
             return
         self.same(self.runner.run(self.store.read(owner, session_id)), known)
 

@@ -27,7 +27,7 @@ from telemetry import (
     short_hash,
 )
 from tests.client import CANARY, JSON
-from tests.conftest import Log, StartService, StartUpstream, give_back
+from tests.conftest import Log, StartService, StartUpstream, run_lifespan
 from tests.upstream import DONE, END, HEAD, Connection, delta, event, http_chunk, response
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -164,7 +164,7 @@ async def test_every_answer_has_the_id_and_one_line_that_says_how_it_ended(
 ) -> None:
     app = await service(ALLOWED_HOSTS="localhost", MAX_BODY_BYTES="64")
     client = await app.connect()
-    reply = await client.ask(method, path, body, {**headers, "x-request-id": "mine"})
+    reply = await client.request(method, path, body, {**headers, "x-request-id": "mine"})
     content = (await reply.body()).decode()
     assert (reply.status, reply.headers["x-request-id"]) == (status, "mine")
     assert reply.headers["x-content-type-options"] == "nosniff"
@@ -195,7 +195,7 @@ async def test_a_defect_is_answered_500_with_the_id_and_logged_with_its_trace_al
     assert "RuntimeError" in line["trace"]
     assert "raise RuntimeError(told)" in line["trace"]
     assert told not in handler.lines[0] + str(sent)
-    await give_back(app)
+    await run_lifespan(app)
 
 
 @pytest.mark.parametrize("status", [None, 200])
@@ -266,7 +266,7 @@ async def test_a_line_tells_times_on_the_clock_it_was_given_and_what_the_handler
         record.headers["X-More"] = "2"
         record.outcome = "as it ended"
         record.waited = 0.2
-        record.fields |= {"caller": "app", "pieces": 3}
+        record.fields |= {"caller": "app", "chunks": 3}
         await hello(scope, receive, send)
 
     handler, log = a_log()
@@ -286,9 +286,9 @@ async def test_a_line_tells_times_on_the_clock_it_was_given_and_what_the_handler
         "status": 200,
         "outcome": "as it ended",
         "ms": 250.0,
-        "own_ms": 50.0,
+        "overhead_ms": 50.0,
         "caller": "app",
-        "pieces": 3,
+        "chunks": 3,
     }
 
 
@@ -296,7 +296,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
     service: StartService, upstream: StartUpstream
 ) -> None:
     async def script(request: Connection) -> None:
-        await request.answer("Hel", "lo")
+        await request.complete("Hel", "lo")
 
     provider = await upstream(script)
     app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
@@ -311,7 +311,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
         "trace_id": TRACEPARENT[3:35],
         "caller": "127.0.0.0/24",
         "session": short_hash("my-session"),
-        "model_asked": "openai/gpt-4o-mini",
+        "requested_model": "openai/gpt-4o-mini",
         "provider": "openai",
         "model": "m-1",
         "finish_reason": "stop",
@@ -324,11 +324,11 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
                 "cause": None,
             }
         ],
-        "pieces": 2,
+        "chunks": 2,
     }
     assert {name: line[name] for name in expected} == expected
-    assert 0 <= line["own_ms"] <= line["ms"]
-    assert 0 <= line["first_piece_ms"] <= line["ms"]
+    assert 0 <= line["overhead_ms"] <= line["ms"]
+    assert 0 <= line["ttft_ms"] <= line["ms"]
     assert provider.requests[0].headers["traceparent"] == TRACEPARENT
     for secret in ("Sesame", "Hel", "my-session", CANARY, "127.0.0.1"):
         assert secret not in app.log.lines[-1]
@@ -338,7 +338,7 @@ async def test_every_line_tells_from_where_it_was_asked(service: StartService) -
     app = await service(FORWARDED_ALLOW_IPS="127.0.0.1")
     client = await app.connect()
     for headers in ({}, {"x-forwarded-for": "2001:db8:1:2::3"}, {"x-forwarded-for": "mine"}):
-        await (await client.ask("GET", "/nowhere", headers=headers)).body()
+        await (await client.request("GET", "/nowhere", headers=headers)).body()
     callers = [line["caller"] for line in app.log.requests()]
     assert callers == ["127.0.0.0/24", "2001:db8:1::/48", "unknown"]
 
@@ -353,12 +353,12 @@ async def test_time_in_which_a_body_is_waited_for_is_not_ours(
     client.writer.write(f"{head}expect: 100-continue\r\ncontent-length: 9\r\n\r\n".encode())
     assert b"100 Continue" in await client.reader.readline()
     if leaves:
-        client.leave()
+        client.disconnect()
     line = await app.log.request()
-    assert line["outcome"] == ("client_gone" if leaves else "request_timeout")
-    assert leaves or line["own_ms"] <= line["ms"] - 100
-    own = await app.metric('chat_own_seconds_sum{route="/api/v1/chat"}')
-    assert own < await app.metric('chat_request_seconds_sum{route="/api/v1/chat"}')
+    assert line["outcome"] == ("client_disconnected" if leaves else "request_timeout")
+    assert leaves or line["overhead_ms"] <= line["ms"] - 100
+    own = await app.metric('chat_overhead_seconds_sum{route="/api/v1/chat"}')
+    assert own < await app.metric('chat_request_duration_seconds_sum{route="/api/v1/chat"}')
 
 
 async def test_what_a_provider_calls_things_is_logged_as_a_name_or_not_at_all(
@@ -396,7 +396,7 @@ async def test_probes_and_scrapes_are_logged_for_debugging_only_while_they_succe
     app = await service()
     assert (await app.get(path)).status == 200
     assert (await app.log.request())["level"] == "debug"
-    refused = await (await app.connect()).ask("DELETE", path)
+    refused = await (await app.connect()).request("DELETE", path)
     assert refused.status == 405
     assert (await app.log.request(1))["level"] == "info"
 
@@ -568,7 +568,7 @@ def series(text: str, prefix: str = "chat_") -> dict[str, float]:
 
 async def test_a_chat_leaves_these_numbers(service: StartService, upstream: StartUpstream) -> None:
     async def script(request: Connection) -> None:
-        await request.answer("Hel", "lo")
+        await request.complete("Hel", "lo")
 
     provider = await upstream(script)
     app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
@@ -577,15 +577,15 @@ async def test_a_chat_leaves_these_numbers(service: StartService, upstream: Star
     found = series((await (await app.get("/metrics")).body()).decode())
     expected = {
         'chat_requests_total{outcome="done",route="/api/v1/chat",status="200"}': 1,
-        'chat_request_seconds_count{route="/api/v1/chat"}': 1,
-        'chat_request_seconds_bucket{le="+Inf",route="/api/v1/chat"}': 1,
-        'chat_own_seconds_count{route="/api/v1/chat"}': 1,
-        "chat_first_piece_seconds_count": 1,
-        "chat_longest_gap_seconds_count": 1,
-        'chat_pieces_total{model="gpt-4o-mini",provider="openai"}': 2,
+        'chat_request_duration_seconds_count{route="/api/v1/chat"}': 1,
+        'chat_request_duration_seconds_bucket{le="+Inf",route="/api/v1/chat"}': 1,
+        'chat_overhead_seconds_count{route="/api/v1/chat"}': 1,
+        "chat_time_to_first_token_seconds_count": 1,
+        "chat_max_chunk_gap_seconds_count": 1,
+        'chat_chunks_total{model="gpt-4o-mini",provider="openai"}': 2,
         'chat_tokens_total{kind="prompt_tokens",model="gpt-4o-mini",provider="openai"}': 1,
         'chat_tokens_total{kind="completion_tokens",model="gpt-4o-mini",provider="openai"}': 2,
-        "chat_open_streams": 0,
+        "chat_active_streams": 0,
     }
     assert {name: found.get(name) for name in expected} == expected
     assert 0 < found["chat_first_piece_seconds_sum"] < 60
@@ -601,7 +601,7 @@ async def test_retries_and_failovers_are_counted_by_the_error_before_them(
         elif len(provider.requests) == 2:
             await request.send(response(429, b"{}", "retry-after-ms: 1"))
         else:
-            await request.answer("Hello")
+            await request.complete("Hello")
 
     provider = await upstream(script)
     env = {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": provider.url, "FALLBACK_MODELS": "other"}
@@ -610,8 +610,8 @@ async def test_retries_and_failovers_are_counted_by_the_error_before_them(
     await app.log.request()
     found = series((await (await app.get("/metrics")).body()).decode(), "chat_further")
     assert found == {
-        'chat_further_attempts_total{error="upstream_error",kind="failover"}': 1,
-        'chat_further_attempts_total{error="upstream_unavailable",kind="retry"}': 1,
+        'chat_upstream_retries_total{error="upstream_error",kind="failover"}': 1,
+        'chat_upstream_retries_total{error="upstream_unavailable",kind="retry"}': 1,
     }
 
 
@@ -624,8 +624,8 @@ async def test_a_refusal_is_counted_by_its_code_and_has_no_first_piece(
     requests = 'chat_requests_total{{outcome="{}",route="/api/v1/chat",status="{}"}}'
     assert await app.metric(requests.format("upstream_error", 502)) == 1
     assert await app.metric(requests.format("rate_limited", 429)) == 1
-    assert await app.metric('chat_limiter_refusals_total{caller="anonymous"}') == 1
-    assert await app.metric("chat_first_piece_seconds_count") == 0
+    assert await app.metric('chat_rate_limited_total{caller="anonymous"}') == 1
+    assert await app.metric("chat_time_to_first_token_seconds_count") == 0
 
 
 async def test_durations_are_measured_on_the_clock_that_was_given() -> None:
@@ -633,10 +633,10 @@ async def test_durations_are_measured_on_the_clock_that_was_given() -> None:
     metrics = Metrics()
     ticks = iter([1.0, 3.0])
     await call(RequestContext(hello, log, metrics, clock=lambda: next(ticks)), scope_of())
-    found = series(generate_latest(metrics.registry).decode(), "chat_request_seconds")
-    assert found['chat_request_seconds_sum{route="unmatched"}'] == 2
-    assert found['chat_request_seconds_bucket{le="1.0",route="unmatched"}'] == 0
-    assert found['chat_request_seconds_bucket{le="2.0",route="unmatched"}'] == 1
+    found = series(generate_latest(metrics.registry).decode(), "chat_request_duration_seconds")
+    assert found['chat_request_duration_seconds_sum{route="unmatched"}'] == 2
+    assert found['chat_request_duration_seconds_bucket{le="1.0",route="unmatched"}'] == 0
+    assert found['chat_request_duration_seconds_bucket{le="2.0",route="unmatched"}'] == 1
 
 
 def labels(found: Iterable[str], label: str) -> set[str]:
@@ -649,9 +649,9 @@ async def test_what_is_asked_for_and_does_not_exist_never_becomes_a_label(
     app = await service()
     client = await app.connect()
     for number in range(5):
-        await (await client.ask("GET", f"/made/up/{number}")).body()
-        await (await client.ask("DELETE", f"/healthz?{number}")).body()
-    found = series((await (await client.ask("GET", "/metrics")).body()).decode())
+        await (await client.request("GET", f"/made/up/{number}")).body()
+        await (await client.request("DELETE", f"/healthz?{number}")).body()
+    found = series((await (await client.request("GET", "/metrics")).body()).decode())
     assert labels(found, "route") == {"unmatched", "/healthz"}
     assert "made" not in str(found)
 
@@ -661,7 +661,7 @@ async def test_a_model_that_only_a_glob_allows_never_becomes_a_label(service: St
     client = await app.connect()
     for number in range(3):
         await (await client.chat(model_id=f"mock/made-up-{number}")).events()
-    found = series((await (await client.ask("GET", "/metrics")).body()).decode())
+    found = series((await (await client.request("GET", "/metrics")).body()).decode())
     assert len(labels(found, "model")) == 1
 
 

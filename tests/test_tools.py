@@ -9,7 +9,7 @@ from datetime import date
 import pytest
 
 from tools import configuration, dependencies
-from tools.audit import ROOT, verdict
+from tools.audit import ROOT, decision
 from tools.readme import PARTS, README, split
 
 
@@ -70,11 +70,11 @@ def test_every_package_is_direct_or_needed_and_has_a_licence() -> None:
 def test_an_audit_says_what_is_known(
     packages: list[dict[str, object]], status: int, told: str
 ) -> None:
-    assert verdict(json.dumps({"dependencies": packages}), "") == (status, told)
+    assert decision(json.dumps({"dependencies": packages}), "") == (status, told)
 
 
 def test_an_audit_without_a_database_is_not_a_clean_one() -> None:
-    assert verdict("", "Traceback\nConnectionError: no route\n") == (
+    assert decision("", "Traceback\nConnectionError: no route\n") == (
         2,
         "The database of weaknesses can't be reached: ConnectionError: no route",
     )

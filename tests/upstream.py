@@ -66,16 +66,16 @@ class Connection:
         """Further events of a stream that has begun."""
         await self.send(b"".join(http_chunk(data) for data in events))
 
-    async def answer(self, *texts: str) -> None:
-        """A whole answer of these pieces, ended as OpenAI ends one."""
-        pieces = [delta(text) for text in texts]
+    async def complete(self, *texts: str) -> None:
+        """A whole answer of these chunks, ended as OpenAI ends one."""
+        chunks = [delta(text) for text in texts]
         usage = {
             "prompt_tokens": 1,
             "completion_tokens": len(texts),
             "total_tokens": 1 + len(texts),
         }
         end = [delta(finish_reason="stop"), event({"choices": [], "usage": usage}), DONE]
-        await self.stream(*pieces, *end)
+        await self.stream(*chunks, *end)
         await self.send(END)
 
     def reset(self) -> None:

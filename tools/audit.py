@@ -26,7 +26,7 @@ def write_sbom() -> None:
         subprocess.run(made, cwd=ROOT, check=True)
 
 
-def verdict(report: str, stderr: str) -> tuple[int, str]:
+def decision(report: str, stderr: str) -> tuple[int, str]:
     """The exit status and what to tell, from what pip-audit printed."""
     try:
         packages = json.loads(report)["dependencies"]
@@ -56,7 +56,7 @@ def main() -> None:
     asked = [f"{BIN}/pip-audit", "-r", "requirements.txt", "--require-hashes", "--disable-pip"]
     asked += ["--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    status, told = verdict(done.stdout, done.stderr)
+    status, told = decision(done.stdout, done.stderr)
     sys.stdout.write(f"{told}\n")
     sys.exit(status)
 

@@ -102,7 +102,7 @@ async def chat(url: str) -> None:
         reply = await client.chat("Hello", headers, model_id=model)
         await reply.body()
     finally:
-        client.leave()
+        client.disconnect()
 
 
 async def load(url: str, seconds: float) -> None:
@@ -122,7 +122,7 @@ async def started(port: int, *command: str, **env: str) -> AsyncIterator[None]:
     try:
         while process.returncode is None:
             with suppress(ConnectionRefusedError):
-                (await Client.connect(f"http://127.0.0.1:{port}")).leave()
+                (await Client.connect(f"http://127.0.0.1:{port}")).disconnect()
                 break
             await asyncio.sleep(0.1)
         yield

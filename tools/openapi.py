@@ -161,7 +161,7 @@ STREAM = """\
 The answer, as Server-Sent Events: each event is one `data:` line that holds a ChatEvent in JSON, \
 and a blank line; lines that begin with `:` are to be ignored. Exactly one event with `status` \
 ends every stream; a stream that closes without one was cut on its way. This status is sent with \
-the first piece of text, or after 15 s of silence: until then a failure has a status of its own, \
+the first chunk of text, or after 15 s of silence: until then a failure has a status of its own, \
 later it is the last event."""
 
 

@@ -2,7 +2,7 @@
 
 `python -m tools.rehearse COMMAND...`; `make rehearse CLIENT='node examples/ask.mjs'` runs it. The
 command is run once for each ending, with CHAT_URL, CHAT_MODEL and CHAT_MESSAGE in its environment.
-It has to print the text of the answer and nothing else to stdout, each piece as it comes; to end
+It has to print the text of the answer and nothing else to stdout, each chunk as it comes; to end
 with 0 if the answer was whole and with anything else if not; to name an error's code on stderr; to
 let go of the connection on SIGINT, and after CHAT_SILENCE_SECONDS without an event or a comment.
 """
@@ -25,7 +25,7 @@ import httpx
 ROOT = Path(__file__).parent.parent
 HEAD = "| model | what you get | what a good client does |\n|---|---|---|\n"
 MESSAGE = "Hello, is anybody there?"
-# A word is one piece of the echo, and this one makes a line of more than 64 KiB, where some readers
+# A word is one chunk of the echo, and this one makes a line of more than 64 KiB, where some readers
 # of lines end. Linux takes no variable of 128 KiB.
 WORD = "long" * 25_000
 # The longest ending takes about 5 s, and curl up to 5 s more than it was told to see a silence; a
@@ -63,10 +63,10 @@ ENDINGS = (
     Ending(
         "mock/echo",
         "a notice that it is a mock, then your message, word by word; so does any name not here",
-        "shows each piece as it comes, as text and never as HTML",
+        "shows each chunk as it comes, as text and never as HTML",
     ),
-    Ending("mock/lorem-10000", "N pieces of any `mock/lorem-N`, at most 10,000", "loses none"),
-    Ending("mock/slow", "a piece each half second", "does not wait for the end, and can stop"),
+    Ending("mock/lorem-10000", "N chunks of any `mock/lorem-N`, at most 10,000", "loses none"),
+    Ending("mock/slow", "a chunk each half second", "does not wait for the end, and can stop"),
     Ending("mock/unicode", "several scripts, joined emoji, U+2028", "splits lines at LF alone"),
     Ending("mock/empty", "`done` without text", "says that there was no text"),
     Ending("mock/lorem-0", "422 `invalid_request`", "shows the message: the request must change"),
@@ -247,7 +247,7 @@ async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
     """Each ending, and what the client did wrong there."""
     async with running_service() as service:
         endings = [(ending.model, ending.model, MESSAGE) for ending in ENDINGS]
-        for what, model, message in (*endings, ("a piece of 100 kB", "mock/echo", WORD)):
+        for what, model, message in (*endings, ("a chunk of 100 kB", "mock/echo", WORD)):
             expected, done = await asyncio.gather(
                 ask(service.url, model, message),
                 run(command, service.url, model, message=message),
@@ -260,8 +260,10 @@ async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
         before = len(service.outcomes)
         done = await run(command, service.url, "mock/slow", interrupt)
         with suppress(TimeoutError):
-            await service.until(lambda: {"client_gone", "done"} & {*service.outcomes[before:]})
-        gone = "client_gone" in service.outcomes[before:]
+            await service.until(
+                lambda: {"client_disconnected", "done"} & {*service.outcomes[before:]}
+            )
+        gone = "client_disconnected" in service.outcomes[before:]
         yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["did not stop its answer"])
 
         # A service that stands still: its connections are open, and nothing comes from them.

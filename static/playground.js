@@ -1,186 +1,3 @@
-<!doctype html>
-<!--
-  The page at `/`: one conversation with this service, in plain HTML, CSS and JavaScript.
-
-  Nothing is loaded from anywhere, no cookie is set, and what a model says is only ever put into
-  text nodes. The Content-Security-Policy (pages.py) holds even if that should fail somewhere: it
-  names this script and this style by their hashes and lets nothing else run or load.
--->
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>chat-sidecar</title>
-<link rel="icon" href="data:image/svg+xml,
-<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path fill='%232f6b58' d='M2 1h12v10H8l-4 4v-4H2z'/></svg>">
-<style>
-:root {
-  color-scheme: light dark;
-  --page: light-dark(#faf9f6, #17191b);
-  --raised: light-dark(#fff, #202326);
-  --text: light-dark(#22272b, #e4e5e2);
-  --quiet: light-dark(#5c646b, #a3a9ae);
-  --line: light-dark(#dedcd5, #3a3f43);
-  --mine: light-dark(#e6eeea, #26332f);
-  --accent: light-dark(#2a6350, #8ccdb5);
-  --on-accent: light-dark(#fff, #10211b);
-  --alarm: light-dark(#8d2b1b, #f2b3a6);
-  --alarm-page: light-dark(#fcf0ed, #33211d);
-  font: 16px/1.55 system-ui, sans-serif;
-  color: var(--text);
-  background: var(--page);
-}
-* { box-sizing: border-box; }
-body {
-  display: flex; flex-direction: column;
-  min-height: 100vh; min-height: 100dvh;
-  max-width: 46rem; margin: auto; padding: 0 1rem;
-}
-[hidden] { display: none !important; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-
-header {
-  position: sticky; top: 0; z-index: 1;
-  display: flex; align-items: center;
-  padding: .6rem 0; background: var(--page);
-}
-h1 {
-  flex: 1; margin: 0; font-size: 1rem; font-weight: 600;
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-header :is(button, summary) { padding: .3rem .55rem; }
-button, summary, select, input {
-  font: inherit; font-size: .875rem; color: inherit;
-  min-height: 2.25rem; padding: .3rem .7rem;
-  border: 1px solid transparent; border-radius: .5rem; background: none;
-}
-button, summary { cursor: pointer; white-space: nowrap; }
-button:hover:enabled, summary:hover { background: var(--mine); }
-button:disabled { color: var(--quiet); opacity: .7; cursor: default; }
-select, input { background: var(--raised); border-color: var(--line); }
-summary { display: flex; align-items: center; list-style: none; }
-summary::-webkit-details-marker { display: none; }
-details > div {
-  position: absolute; right: 0; width: min(20rem, 100%); padding: 1rem;
-  border: 1px solid var(--line); border-radius: .75rem; background: var(--raised);
-  box-shadow: 0 .5rem 1.5rem #0003;
-}
-details input { width: 100%; margin: .3rem 0 .5rem; }
-
-main { flex: 1; display: flex; flex-direction: column; padding: 1rem 0 1.5rem; }
-#about { margin: auto; max-width: 30rem; text-align: center; text-wrap: pretty; }
-#about h2 { font-size: 1.5rem; line-height: 1.3; margin: 0 0 .75rem; }
-#about p { margin: 0 0 .75rem; color: var(--quiet); }
-#about code { white-space: nowrap; }
-/* What the keyboard reaches shall not lie beneath the header or the composer. */
-article :is(a, button, pre, .table) { scroll-margin: 4rem 0 9rem; }
-article { margin-bottom: 1.25rem; overflow-wrap: anywhere; }
-.user { align-self: flex-end; max-width: 85%; padding: .5rem .9rem; border-radius: 1rem;
-  border-bottom-right-radius: .25rem; background: var(--mine); white-space: pre-wrap; }
-.text > :first-child { margin-top: 0; }
-.text p { margin: 0 0 .75rem; white-space: pre-wrap; }
-.text li > p { margin: 0 0 .25rem; }
-.text ul, .text ol { margin: 0 0 .75rem; padding-inline-start: 1.6rem; }
-.text h3, .text h4, .text h5, .text h6 { margin: 1.25rem 0 .5rem; font-size: 1.1rem; }
-.text h4, .text h5, .text h6 { font-size: 1rem; }
-.text blockquote {
-  margin: 0 0 .75rem; padding-inline-start: .9rem; border-inline-start: 3px solid var(--line);
-}
-.text hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
-a { color: var(--accent); }
-code { font: .875em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-:not(pre) > code { padding: .1em .3em; border-radius: .3em; background: var(--mine); }
-figure { margin: 0 0 .75rem; overflow: hidden; border: 1px solid var(--line); border-radius: .6rem; }
-figcaption {
-  display: flex; justify-content: space-between; align-items: center;
-  padding-left: .9rem; font-size: .8rem; color: var(--quiet); border-bottom: 1px solid var(--line);
-  user-select: none;
-}
-pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; background: var(--raised); }
-pre:focus-visible, .table:focus-visible { outline-offset: -2px; }
-.table { margin: 0 0 .75rem; overflow-x: auto; }
-/* Narrow columns shall not break words: the box scrolls. */
-table { border-collapse: collapse; overflow-wrap: normal; font-size: .9375rem; }
-th, td {
-  padding: .35rem .7rem; border: 1px solid var(--line); text-align: start; vertical-align: top;
-}
-th { background: var(--raised); }
-.note { margin: 0; font-size: .8rem; color: var(--quiet); }
-.waiting .text::after { content: "● ● ●"; font-size: .6rem; color: var(--quiet); }
-@media (prefers-reduced-motion: no-preference) {
-  .waiting .text::after { animation: breathe 1.4s ease-in-out infinite alternate; }
-}
-@keyframes breathe { from { opacity: .25 } }
-.problem { padding: .75rem .9rem; border-radius: .6rem; background: var(--alarm-page); }
-.problem p { margin: 0; color: var(--alarm); }
-.problem .note { margin-top: .25rem; color: inherit; }
-.problem button { border-color: currentColor; margin: .6rem .5rem 0 0; }
-.problem .note button { min-height: 1.6rem; margin: 0 .25rem; padding: 0 .4rem; font-size: .75rem; }
-
-form { position: sticky; bottom: 0; padding-bottom: .75rem; background: var(--page); }
-form > div { border: 1px solid var(--line); border-radius: 1rem; background: var(--raised); }
-form > div:has(textarea:focus) { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
-textarea {
-  display: block; width: 100%; min-height: 3rem; max-height: 35vh; padding: .75rem 1rem .25rem;
-  font: inherit; color: inherit; border: 0; outline: 0 !important; background: none;
-  resize: none; field-sizing: content;
-}
-textarea::placeholder { color: var(--quiet); opacity: 1; }
-.bar { display: flex; align-items: center; gap: .4rem; padding: .4rem; }
-#choice { flex: 1; min-width: 0; display: flex; flex-wrap: wrap; gap: .4rem; }
-#model { min-width: 0; max-width: 100%; border-color: transparent; color: var(--quiet); }
-#other { min-width: 0; flex: 1 1 9rem; }
-#stop { border-color: var(--line); }
-#send { background: var(--accent); color: var(--on-accent); border-radius: .75rem; }
-#send:hover:enabled { background: var(--accent); filter: brightness(1.1); }
-#send:disabled { background: var(--line); color: var(--quiet); opacity: 1; }
-</style>
-</head>
-<body>
-<header>
-  <h1>chat-sidecar</h1>
-  <button id="new" type="button" title="Begin another conversation">New</button>
-  <button id="delete" type="button" title="Have the service forget it all">Delete</button>
-  <details id="access">
-    <summary>API key</summary>
-    <div>
-      <label for="key">API key of this service</label>
-      <input id="key" type="password" autocomplete="off" spellcheck="false">
-      <p class="note">Only if you were given one. It is kept in this tab and gone with it.</p>
-    </div>
-  </details>
-</header>
-<main id="log">
-  <section id="about">
-    <h2>A chat backend, ready to try</h2>
-    <p>What you write here goes to <code>POST /api/v1/chat</code>, and the answer appears while it
-      is being written. The assistant remembers the conversation until you delete it, or leave it
-      alone for long.</p>
-    <p>If no provider’s key is set, a mock answers, and says so. Models named <code>mock/…</code>
-      rehearse what can go wrong.</p>
-    <noscript><p>The page needs JavaScript; the service itself does not.</p></noscript>
-  </section>
-</main>
-<form id="composer" aria-label="Your message">
-  <div>
-    <label class="unseen" for="message">Message</label>
-    <textarea id="message" rows="1" dir="auto" placeholder="Write a message" autofocus></textarea>
-    <div class="bar">
-      <div id="choice">
-        <label class="unseen" for="model">Model</label>
-        <select id="model"><option value="">default model</option></select>
-        <input id="other" aria-label="Name of the model" placeholder="name of a model" hidden>
-      </div>
-      <button id="stop" type="button" hidden>Stop</button>
-      <button id="send">Send</button>
-    </div>
-  </div>
-</form>
-<!-- Says aloud how an answer ended. The pieces are not in a live region: each would interrupt. -->
-<p id="status" class="unseen" role="status"></p>
-
-<script>
 "use strict";
 
 // Relative, so that a proxy may put the whole service under a prefix.
@@ -247,7 +64,7 @@ async function ask(message) {
   try {
     response = await call("POST", "chat", body, mine.signal);
     if (response.ok && mine === running) tab.session = response.headers.get("X-Session-ID");
-    end = response.ok ? await receive(response.body, answer) : await refusal(response);
+    end = response.ok ? await receive(response.body, answer) : await classify_error(response);
   } catch (error) {
     end = failure(error, response);
   }
@@ -349,7 +166,7 @@ async function loadModels() {
 async function session(method) {
   try {
     const response = await call(method, `sessions/${tab.session}`);
-    if (!response.ok) return await refusal(response);
+    if (!response.ok) return await classify_error(response);
     return response.status === 204 ? {} : await response.json();
   } catch (error) {
     return failure(error);
@@ -392,7 +209,7 @@ const SENTENCES = {
 };
 
 /** The end of a request that was answered with a status of its own. */
-async function refusal(response) {
+async function classify_error(response) {
   const told = await response.json().catch(() => null);
   if (told?.error?.code) return told;
   const message = `Something between this page and the service answered ${response.status}.`;
@@ -799,6 +616,3 @@ $("key").value = tab.apiKey ?? "";
 loadModels();
 if (tab.session) restore();
 refresh();
-</script>
-</body>
-</html>

@@ -1,6 +1,6 @@
 """What OpenAI-compatible servers send: event streams, the chunks in them, errors.
 
-Bytes in, pieces of text and errors out. No I/O, no clock, no task: everything here is reached by
+Bytes in, chunks of text and errors out. No I/O, no clock, no task: everything here is reached by
 calling a method with bytes.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
-import errors
+from errors import ServiceError
 
 # Real events reach 40 KB (a tool's result); what never ends a line must not fill the memory.
 MAX_EVENT_BYTES = 2**20
@@ -20,8 +20,8 @@ MAX_EVENT_BYTES = 2**20
 # A wait of more than a day is no wait but a broken clock.
 MAX_WAIT_SECONDS = 86400
 
-# The pieces of text that arrived in one read; empty where there was only reasoning.
-Batch = list[str]
+# The chunks of text that arrived in one read; empty where there was only reasoning.
+Chunks = list[str]
 
 
 class SSEDecoder:
@@ -41,16 +41,16 @@ class SSEDecoder:
         self._started = False
         self._after_cr = False
 
-    def feed(self, chunk: bytes) -> list[tuple[bytes, bytes]]:
+    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         # Lines end in LF, CR or CRLF and in nothing else: U+2028 is text. A CR at the end of a read
         # ends its line at once; the LF that may follow belongs to it.
-        if self._after_cr and chunk:
+        if self._after_cr and data:
             self._after_cr = False
-            chunk = chunk.removeprefix(b"\n")
-        if b"\r" in chunk:
-            self._after_cr = chunk.endswith(b"\r")
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        ended, newline, rest = chunk.rpartition(b"\n")
+            data = data.removeprefix(b"\n")
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        ended, newline, rest = data.rpartition(b"\n")
         events: list[tuple[bytes, bytes]] = []
         if newline:
             self._line += ended
@@ -83,10 +83,10 @@ class SSEDecoder:
             events.append((b"error", value))
 
 
-class ChunkReader:
-    """The events of a Chat Completions stream to pieces of text; what else they told is kept here.
+class CompletionParser:
+    """The events of a Chat Completions stream to chunks of text; what else they details is kept here.
 
-    `feed` returns the pieces that some bytes completed, an empty list if they held reasoning alone,
+    `feed` returns the chunks that some bytes completed, an empty list if they held reasoning alone,
     None if they held nothing that shows progress. `error` is set at the first event that reports a
     failure or makes no sense, `done` at [DONE]; what comes after either is not read.
     """
@@ -96,58 +96,60 @@ class ChunkReader:
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] | None = None
         self.done = False
-        self.error: errors.ServiceError | None = None
+        self.error: ServiceError | None = None
         self._decoder = SSEDecoder()
 
-    def feed(self, data: bytes) -> Batch | None:
-        pieces: Batch = []
+    def feed(self, data: bytes) -> Chunks | None:
+        chunks: Chunks = []
         alive = False
-        for name, event in self._decoder.feed(data):
+        for name, payload in self._decoder.feed(data):
             if self.done or self.error:
                 break
-            self.done = event.startswith(b"[DONE]")
-            if not event or self.done:
+            self.done = payload.startswith(b"[DONE]")
+            if not payload or self.done:
                 continue
             try:
-                alive |= self._take(name, from_json(event, allow_inf_nan=False), pieces)
+                alive |= self._take(name, from_json(payload, allow_inf_nan=False), chunks)
             except (ValueError, TypeError, AttributeError):
-                # Not JSON, or of another shape than a chunk; an error may be told in plain text.
-                self.error = errors.UpstreamError("The provider's answer makes no sense.")
+                # Not JSON, or of another shape than a event; an error may be details in plain text.
+                self.error = ServiceError("upstream_error", "The provider's answer makes no sense.")
                 if name == b"error":
-                    self.error = refusal(500, event.decode(errors="replace"))
+                    self.error = classify_error(500, payload.decode(errors="replace"))
         if self._decoder.too_large and not (self.done or self.error):
-            self.error = errors.UpstreamError("The provider sent an event of more than 1 MiB.")
-        return pieces if pieces or alive else None
+            self.error = ServiceError(
+                "upstream_error", "The provider sent an event of more than 1 MiB."
+            )
+        return chunks if chunks or alive else None
 
-    def _take(self, name: bytes, chunk: Any, pieces: Batch) -> bool:
-        """Take what one chunk tells; true if it is a sign of life: text or reasoning.
+    def _take(self, name: bytes, event: Any, chunks: Chunks) -> bool:
+        """Take what one event tells; true if it is a sign of life: text or reasoning.
 
-        `chunk` is Any because it is a stranger's JSON; a shape that does not fit raises
+        `event` is Any because it is a stranger's JSON; a shape that does not fit raises
         AttributeError or TypeError, which `feed` answers for.
         """
-        if name == b"error" or chunk.get("error"):
-            self.error = refusal(500, chunk)
+        if name == b"error" or event.get("error"):
+            self.error = classify_error(500, event)
             return False
-        self.model = _known(chunk.get("model"), str) or self.model
-        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
-        self.usage = _known(usage, dict) or self.usage
+        self.model = _typed(event.get("model"), str) or self.model
+        usage = event.get("usage") or (event.get("x_groq") or {}).get("usage")
+        self.usage = _typed(usage, dict) or self.usage
         alive = False
-        for choice in chunk.get("choices") or ():
+        for choice in event.get("choices") or ():
             # With n > 1 the others are not ours. The text that some repeat beside the delta
             # (`message`, `text`) is not looked at.
             if choice.get("index"):
                 continue
-            self.finish_reason = _known(choice.get("finish_reason"), str) or self.finish_reason
+            self.finish_reason = _typed(choice.get("finish_reason"), str) or self.finish_reason
             delta = choice.get("delta") or {}
-            for content in (delta.get("content"), delta.get("refusal")):
+            for content in (delta.get("content"), delta.get("classify_error")):
                 if not content:
                     continue
                 alive = True
                 if isinstance(content, str):
-                    pieces.append(content)
+                    chunks.append(content)
                 elif isinstance(content, list):
                     # Mistral's parts, {"type": "text" or "thinking", …}.
-                    pieces += [text for part in content if (text := _known(part.get("text"), str))]
+                    chunks += [text for part in content if (text := _typed(part.get("text"), str))]
             alive = alive or bool(delta.get("reasoning_content") or delta.get("reasoning"))
         return alive
 
@@ -155,12 +157,12 @@ class ChunkReader:
 T = TypeVar("T")
 
 
-def _known(value: object, kind: type[T]) -> T | None:
+def _typed(value: object, kind: type[T]) -> T | None:
     """A stranger's value, if it is what it should be."""
     return value if isinstance(value, kind) else None
 
 
-# Only OpenAI has a code for a conversation that is too long; the others say it in words.
+# Only OpenAI has a code for a conversation that is too long; the others say it in error_text.
 TOO_LONG = re.compile(
     "context.(length|window)|too_many_prompt_tokens|(prompt|messages|input)( is| are)? too long",
     re.I,
@@ -171,38 +173,42 @@ QUOTA = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|bi
 OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.I)
 
 
-def refusal(
+def classify_error(
     status: int, body: Any, headers: Mapping[str, str] = {}, now: float = 0.0
-) -> errors.ServiceError:
+) -> ServiceError:
     """The error that a provider's error response (or an error inside its stream, as `status` 500)
     is to our caller. `body` is its JSON, or None; `now` is in seconds since 1970, for dates in
-    headers. The provider's words are matched here and go no further."""
+    headers. The provider's error_text are matched here and go no further."""
     reported = body.get("error", body) if isinstance(body, dict) else body
-    told = reported if isinstance(reported, dict) else {"message": reported}
-    code = str(told.get("code") or "")
+    details = reported if isinstance(reported, dict) else {"message": reported}
+    code = str(details.get("code") or "")
     # Aggregators send the status of the provider behind them as the code.
     if status == 500 and re.fullmatch("[45][0-9][0-9]", code):
         status = int(code)
-    words = " ".join(str(told.get(key) or "") for key in ("code", "type", "message"))
-    if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(words)):
-        return errors.ContextTooLong("The conversation is too long for this model.")
-    if REFUSED.search(words):
-        return errors.ContentRefused("The provider's policy refuses this text. Change the message.")
-    if status == 402 or QUOTA.search(words):
+    error_text = " ".join(str(details.get(key) or "") for key in ("code", "type", "message"))
+    if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(error_text)):
+        return ServiceError("context_too_long", "The conversation is too long for this model.")
+    if REFUSED.search(error_text):
+        return ServiceError(
+            "content_refused", "The provider's policy refuses this text. Change the message."
+        )
+    if status == 402 or QUOTA.search(error_text):
         problem = "The service's quota at the provider is used up. Its operator has to act."
-        return errors.UpstreamUnavailable(problem, retryable=False)
+        return ServiceError("upstream_unavailable", problem, retryable=False)
     wait = retry_after(headers, now)
-    busy = status in (429, 503, 529) or bool(OVERLOADED.search(words))
+    busy = status in (429, 503, 529) or bool(OVERLOADED.search(error_text))
     retryable = busy or status in (408, 409) or status >= 500
     if headers.get("x-should-retry") in ("true", "false"):
         retryable = headers["x-should-retry"] == "true"
     if busy:
         problem = "The provider is busy. Try again later."
-        return errors.UpstreamUnavailable(problem, retryable=retryable, retry_after=wait)
+        return ServiceError("upstream_unavailable", problem, retryable=retryable, retry_after=wait)
     if retryable or status >= 500:
         problem = "The provider failed. Try again."
-        return errors.UpstreamError(problem, retryable=retryable, retry_after=wait)
-    return errors.UpstreamError("The provider refused the request; the operator has to mend this.")
+        return ServiceError("upstream_error", problem, retryable=retryable, retry_after=wait)
+    return ServiceError(
+        "upstream_error", "The provider refused the request; the operator has to mend this."
+    )
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
