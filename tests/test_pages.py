@@ -6,9 +6,8 @@ import json
 import re
 from typing import get_args
 
-from service import CONTENT_SECURITY_POLICY, STATIC
-
 from errors import Code
+from service import STATIC
 from tests.conftest import StartService
 
 
