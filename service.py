@@ -38,6 +38,7 @@ from ratelimit import (
     StreamLimiter,
     anonymous_caller,
     authenticate,
+    failed_key_caller,
 )
 from server import Drain, Server, listen, probe
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
@@ -133,7 +134,8 @@ class Service:
         bearer = scheme.lower() == "bearer"
         key = authenticate(presented.strip(), self.settings.api_keys) if bearer else None
         # A wrong key is charged to its address, or guessing would be free; a right one never is.
-        caller = key or anonymous_caller(request.client.host if request.client else None)
+        caller_at = failed_key_caller if bearer else anonymous_caller
+        caller = key or caller_at(request.client.host if request.client else None)
         record.fields |= {"caller": key.name} if key else {}
         limiter = self.limiters.get(caller.kind)
         if limiter is not None:
@@ -374,7 +376,7 @@ def create_app(
     limiters, store = create_state(settings)
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics()
-    metrics.active_streams.set_function(streams.active.total)
+    metrics.active_streams.set_function(lambda: streams.active)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [
