@@ -402,7 +402,7 @@ class Router:
 
 def create_providers(settings: Settings) -> dict[str, LLMProvider]:
     """Every provider that the settings name, and the mock."""
-    real = [OpenAIProvider(each, settings) for each in settings.configured_providers]
+    real = [OpenAIProvider(each, settings) for each in settings.providers]
     return {provider.name: provider for provider in (MockProvider(), *real)}
 
 

@@ -42,7 +42,7 @@ from ratelimit import (
 )
 from server import Drain, Server, listen, probe
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import End, EventStream
 
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
@@ -458,10 +458,8 @@ def main() -> None:
     # thresholds (700, 10, 10) to look through them took a tenth of the time, 0.4 s of it at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    for warning in unknown_variable_warnings(file, settings):
+    for warning in startup_warnings(settings, file):
         log.warning(warning)
-    if settings.default_provider_name == "mock":
-        log.warning("NO MODEL ANSWERS: set OPENAI_API_KEY in .env. Until then a mock does.")
     Server(app, settings, log, drain).run(listeners)
 
 
