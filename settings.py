@@ -75,7 +75,7 @@ def _parse_api_keys(text: str) -> tuple[ApiKey, ...]:
     for number, entry in enumerate(text.split(","), start=1):
         # 20 random hexadecimal digits are 80 bits, which cannot be guessed.
         match = re.fullmatch("([a-z0-9-]{1,32}):([!-~]{20,})", entry.strip())
-        if match is None:
+        if match is None or len(set(match[2])) < 8:
             problem = "is invalid" if ":" in entry else "has no colon between its name and its key"
             raise ValueError(f"entry {number} {problem}")
         keys.append(ApiKey(match[1], hashlib.sha256(match[2].encode()).digest()))
@@ -94,7 +94,7 @@ def _matching(pattern: str) -> AfterValidator:
 # Descriptions complete the sentence "NAME must be ..." in errors and in the documentation.
 API_KEYS = (
     "NAME:KEY entries separated by commas, with names of a-z, 0-9 and -, and keys of at least 20"
-    " visible ASCII characters"
+    " visible ASCII characters, 8 of them different"
 )
 HOSTS = "host names such as localhost or *.example.com"
 LEVELS = "debug, info, warning or error"
@@ -172,8 +172,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     # The origins of web pages that may call the API from a browser, such as
     # https://app.example.com.
     cors_origins: Annotated[tuple[Origin, ...], LIST, Field(description=ORIGINS)] = ()
-    # The API keys of callers, with at least 20 characters each, such as web:KEY,batch:KEY. To
-    # rotate a key, list the old and the new one under the same name.
+    # The API keys of callers, such as web:KEY,batch:KEY, each with at least 20 characters, 8 of
+    # them different. To rotate a key, list the old and the new one under the same name.
     api_keys: Annotated[Keys, Field(repr=False, description=API_KEYS)] = ()
     # Whether callers without an API key are accepted. false requires API_KEYS.
     allow_anonymous: Switch = True
@@ -190,6 +190,12 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     state_url: Annotated[StateUrl, Field(repr=False, description=STATE)] = "sqlite:///chat.db"
     # How long a session is stored after its last turn.
     session_ttl_seconds: Annotated[float, Field(ge=0.001, le=10**9)] = 86400
+    # The maximum size of the SQLite file, in bytes. A full store rejects chat requests with 503
+    # until sessions expire or are deleted.
+    state_max_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 2**30
+    # The number of sessions per caller once the store is half full. Beyond it, each new session
+    # replaces the caller's oldest idle one. API keys get ten times as many.
+    max_sessions_per_caller: Count = 1000
     # The length of the history that a session retains, in characters. Older turns are dropped.
     history_max_chars: Count = 32000
 

@@ -48,6 +48,8 @@ DEFAULTS = {
     "rate_limit_api_key": [600, 60],
     "state_url": "sqlite:///chat.db",
     "session_ttl_seconds": 86400,
+    "state_max_bytes": 2**30,
+    "max_sessions_per_caller": 1000,
     "history_max_chars": 32000,
     "max_body_bytes": 65536,
     "max_message_chars": 8000,
@@ -78,7 +80,7 @@ STATE = "sqlite:///PATH, memory://, redis://HOST or, with TLS, rediss://HOST"
 TOKEN = "visible ASCII without spaces"
 API_KEYS = (
     "NAME:KEY entries separated by commas, with names of a-z, 0-9 and -, and keys of at least 20"
-    " visible ASCII characters"
+    " visible ASCII characters, 8 of them different"
 )
 
 
@@ -166,6 +168,8 @@ def test_settings_are_immutable_and_have_no_other_field() -> None:
         ("RATE_LIMIT", RATE, ["0/minute", "ten/minute", "1/fortnight", "10", "1000000000/day"]),
         ("RATE_LIMIT_API_KEY", RATE, ["often"]),
         ("SESSION_TTL_SECONDS", "a number between 0.001 and 1000000000", ["0", "1e10"]),
+        ("STATE_MAX_BYTES", "an integer between 65536 and 1099511627776", ["65535", "1GiB"]),
+        ("MAX_SESSIONS_PER_CALLER", INTEGER, ["0"]),
         ("HISTORY_MAX_CHARS", INTEGER, ["0"]),
         ("MAX_BODY_BYTES", "an integer between 64 and 16777216", ["63", "16777217"]),
         ("MAX_MESSAGE_CHARS", INTEGER, ["0"]),
@@ -248,6 +252,7 @@ def test_invalid_secret_is_not_shown(name: str, requirement: str, values: list[s
         ("app:hush", "entry 1 is invalid"),
         (f"app:{CALLER_KEY},other:{CALLER_KEY[:19]}", "entry 2 is invalid"),
         (f"app:{CALLER_KEY}é", "entry 1 is invalid"),
+        (f"app:{'abcdefg' * 4}", "entry 1 is invalid"),
         (f"My App:{CALLER_KEY}", "entry 1 is invalid"),
         (f"{'a' * 33}:{CALLER_KEY}", "entry 1 is invalid"),
         # With name and key swapped, the name is the secret.
@@ -322,6 +327,11 @@ def test_one_name_can_have_several_api_keys() -> None:
     assert [key.name for key in keys] == ["app", "app", "other-2"]
     assert len({key.digest for key in keys}) == 3
     assert keys[0] == from_env({"API_KEYS": f"app:{CALLER_KEY}"}).api_keys[0]
+
+
+def test_api_key_needs_eight_different_characters() -> None:
+    (key,) = from_env({"API_KEYS": f"app:{'abcdefgh' * 4}"}).api_keys
+    assert key.name == "app"
 
 
 def test_api_key_can_contain_colons() -> None:
