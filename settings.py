@@ -24,6 +24,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import from_json
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -96,6 +97,11 @@ API_KEYS = (
     "NAME:KEY entries separated by commas, with names of a-z, 0-9 and -, and keys of at least 20"
     " visible ASCII characters, 8 of them different"
 )
+BODY = 'a JSON object such as {"temperature":0.3}, without model, messages, stream and n'
+HEADERS = (
+    "a JSON object of header names and strings, without Host, Connection, Content-*, Accept*,"
+    " Transfer-Encoding and X-Client-Request-Id"
+)
 HOSTS = "host names such as localhost or *.example.com"
 LEVELS = "debug, info, warning or error"
 NAMES = "names such as groq,local-llm, without openai and mock"
@@ -105,6 +111,7 @@ RATE = "N/second, N/minute, N/hour, N/day or off, such as 10/minute"
 STATE = "sqlite:///PATH, memory://, redis://HOST or, with TLS, rediss://HOST"
 URL = "a URL such as http://localhost:11434/v1, without user, password, query and fragment"
 
+JSON = BeforeValidator(lambda text: from_json(text, allow_inf_nan=False))
 LIST = BeforeValidator(_split)
 Switch = Annotated[bool, Field(description="true or false, on or off")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -118,6 +125,11 @@ Origin = Annotated[str, _matching(r"https?://[^\s/?#*@]+")]
 Host = Annotated[str, _matching(r"\*|(\*\.)?[\w.-]+|\[[0-9a-f:.]+\]")]
 StateUrl = Annotated[str, _matching("memory://|sqlite:///.+|rediss?://.+")]
 Keys = Annotated[tuple[ApiKey, ...], BeforeValidator(_parse_api_keys)]
+BodyField = Annotated[str, _matching("(?!(model|messages|stream|n)$).*")]
+# The service sets these headers itself. A name is a token of RFC 9110, section 5.6.2.
+RESERVED = "content-|accept|(host|connection|transfer-encoding|x-client-request-id)$"
+HeaderName = Annotated[str, _matching(f"(?i)(?!{RESERVED})[!#$%&'*+.^_`|~0-9a-z-]+")]
+Headers = Annotated[dict[HeaderName, Annotated[str, _matching("[ -~]*")]], JSON]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)]
 
 
@@ -132,6 +144,12 @@ class ProviderSettings(BaseModel, frozen=True, hide_input_in_errors=True):
     api_key: Annotated[Secret[Token] | None, Field(repr=False)] = None
     # The URL of the provider's API, without /chat/completions.
     base_url: BaseUrl = HttpUrl("https://api.openai.com/v1")
+    # Fields to add to the request body, such as {"temperature":0.3,"reasoning_effort":"low"}. They
+    # override those of the service; null removes one.
+    extra_body: Annotated[dict[BodyField, Any], JSON, Field(description=BODY)] = {}
+    # Headers to add to requests, such as {"HTTP-Referer":"https://app.example.com"}. Authorization
+    # replaces the one with the API key.
+    extra_headers: Annotated[Headers, Field(repr=False, description=HEADERS)] = {}
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
@@ -141,7 +159,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     """
 
     # More OpenAI-compatible servers, by names that you choose, such as groq,local. Each needs a
-    # GROQ_BASE_URL and can have a GROQ_API_KEY.
+    # GROQ_BASE_URL and can have GROQ_API_KEY, GROQ_EXTRA_BODY and GROQ_EXTRA_HEADERS.
     providers: Annotated[tuple[ProviderSettings, ...], Field(description=NAMES)] = ()
     # The provider of model ids without a provider prefix. Default: openai if it has a key, else the
     # first of PROVIDERS, else mock.
@@ -324,7 +342,7 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             near = [setting for setting, aliases in ALIASES.items() if name in aliases]
             near = near or difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            of_provider = name.endswith(("_API_KEY", "_BASE_URL"))
+            of_provider = name.endswith(("_API_KEY", "_BASE_URL", "_EXTRA_BODY", "_EXTRA_HEADERS"))
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()

@@ -28,6 +28,8 @@ CALLER_KEY = "key-of-0123456789abcdefghij"
 OPENAI = {"OPENAI_API_KEY": OPENAI_KEY}
 GROQ = {"PROVIDERS": "groq", "GROQ_BASE_URL": "https://api.groq.com/openai/v1"}
 
+FORBIDDEN = ("model", "messages", "stream", "n")
+
 # The variables of the contract, without those of providers, and their defaults.
 DEFAULTS = {
     "providers": [],
@@ -77,6 +79,11 @@ NETWORKS = "IP addresses or networks such as 127.0.0.1 or 10.0.0.0/8, but not al
 ORIGINS = "exact origins such as https://app.example.com"
 RATE = "N/second, N/minute, N/hour, N/day or off, such as 10/minute"
 STATE = "sqlite:///PATH, memory://, redis://HOST or, with TLS, rediss://HOST"
+BODY = 'a JSON object such as {"temperature":0.3}, without model, messages, stream and n'
+HEADERS = (
+    "a JSON object of header names and strings, without Host, Connection, Content-*, Accept*,"
+    " Transfer-Encoding and X-Client-Request-Id"
+)
 TOKEN = "visible ASCII without spaces"
 API_KEYS = (
     "NAME:KEY entries separated by commas, with names of a-z, 0-9 and -, and keys of at least 20"
@@ -157,6 +164,7 @@ def test_settings_are_immutable_and_have_no_other_field() -> None:
     [
         ("OPENAI_BASE_URL", URL, ["api.openai.com", "ftp://example.com/v1", "http://a:b/v1"]),
         ("OPENAI_BASE_URL", URL, ["https://example.com/v1#x", "https://example.com/v1#"]),
+        ("OPENAI_EXTRA_BODY", BODY, ["[]", "1", *(f'{{"{name}":1}}' for name in FORBIDDEN)]),
         ("MAX_OUTPUT_TOKENS", INTEGER, ["0", "1.5"]),
         ("PORT", "an integer between 0 and 65535", ["65536", "-1", "abc", "1\n2"]),
         ("ALLOWED_HOSTS", HOSTS, ["localhost, a b", "exa*.com"]),
@@ -213,8 +221,9 @@ def test_rejecting_anonymous_callers_requires_api_keys() -> None:
 @pytest.mark.parametrize("show", [repr, str, lambda s: f"{s.providers}", lambda s: f"{s.api_keys}"])
 def test_printed_settings_contain_no_secret(show: Callable[[Settings], str]) -> None:
     env = {**OPENAI, **GROQ, "GROQ_API_KEY": GROQ_KEY, "API_KEYS": f"app:{CALLER_KEY}"}
+    env["OPENAI_EXTRA_HEADERS"] = '{"X-Gateway-Key":"hush"}'
     shown = show(from_env({**env, "STATE_URL": "redis://user:password@127.0.0.1"}))
-    for secret in (OPENAI_KEY, GROQ_KEY, CALLER_KEY, "user:password"):
+    for secret in (OPENAI_KEY, GROQ_KEY, CALLER_KEY, "user:password", "hush"):
         assert secret not in shown
 
 
@@ -235,12 +244,43 @@ def test_api_keys_are_stored_as_digests() -> None:
         ("OPENAI_BASE_URL", URL, ["me:hush@host/v1", "https://host/v1?key=hush"]),
         ("GROQ_BASE_URL", URL, ["https://me:hush@host/v1"]),
         ("CORS_ORIGINS", ORIGINS, ["https://me:hush@host"]),
+        ("OPENAI_EXTRA_HEADERS", HEADERS, ['["hush"]', '{"X-Key":1}', '{"X-Key":"hush\\n"}']),
+        ("GROQ_EXTRA_HEADERS", HEADERS, ['{"":"hush"}', '{"X Key":"hush"}', '{"X-Key":"hushé"}']),
         ("STATE_URL", STATE, ["http://me:hush@host"]),
     ],
 )
 def test_invalid_secret_is_not_shown(name: str, requirement: str, values: list[str]) -> None:
     for value in values:
         assert error_of({**GROQ, name: value}) == f"{name} must be {requirement}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Host", "Connection", "Transfer-Encoding", "X-Client-Request-Id"),
+        *("Content-Type", "Content-Length", "Accept", "Accept-Encoding", "ACCEPT-CHARSET"),
+    ],
+)
+def test_header_that_the_service_sets_is_rejected(name: str) -> None:
+    line = error_of({"OPENAI_EXTRA_HEADERS": f'{{"{name}":"hush"}}'})
+    assert line == f"OPENAI_EXTRA_HEADERS must be {HEADERS}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "requirement", "detail"),
+    [
+        ("OPENAI_EXTRA_BODY", "{hush", f"{BODY} (got '{{hush')", "key must be a string"),
+        ("OPENAI_EXTRA_BODY", '{"a":NaN}', f"""{BODY} (got '{{"a":NaN}}')""", "expected value"),
+        ("OPENAI_EXTRA_HEADERS", "{hush", HEADERS, "key must be a string"),
+        ("OPENAI_EXTRA_HEADERS", '{"X":"hush', HEADERS, "EOF while parsing a string"),
+    ],
+)
+def test_json_syntax_error_is_reported_with_its_position(
+    name: str, text: str, requirement: str, detail: str
+) -> None:
+    line, _, column = error_of({name: text}).partition(" at line 1 column ")
+    assert line == f"{name} must be {requirement}: {detail}"
+    assert int(column) <= len(text)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +319,17 @@ def test_traceback_of_an_error_contains_no_secret(
     assert "not a key" not in "".join(traceback.format_exception(error.value))
 
 
-@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "GROQ_API_KEY", "API_KEYS", "STATE_URL"])
-def test_secret_can_come_from_a_file(name: str, tmp_path: Path) -> None:
-    text = "sqlite:///other.db" if name == "STATE_URL" else f"app:{CALLER_KEY}"
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("OPENAI_API_KEY", OPENAI_KEY),
+        ("GROQ_API_KEY", GROQ_KEY),
+        ("GROQ_EXTRA_HEADERS", '{"X-Gateway-Key":"1"}'),
+        ("API_KEYS", f"app:{CALLER_KEY}"),
+        ("STATE_URL", "sqlite:///other.db"),
+    ],
+)
+def test_secret_can_come_from_a_file(name: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text(f"\n {text} \r\n")
     settings = from_env({**GROQ, f"{name}_FILE": str(file)})
@@ -368,6 +416,24 @@ def test_provider_variables_begin_with_the_name_in_capitals() -> None:
     assert groq.name == "groq"
     assert groq.api_key is not None
     assert groq.api_key.get_secret_value() == GROQ_KEY
+
+
+def test_extra_body_and_headers_belong_to_a_provider() -> None:
+    body = '{"temperature":0.3,"stream_options":null,"model_kwargs":{"n":1}}'
+    headers = '{"HTTP-Referer":"https://app.example.com","Authorization":"Token x","X-Empty":""}'
+    extra = {"OPENAI_EXTRA_BODY": body, "GROQ_EXTRA_HEADERS": headers}
+    openai, groq = from_env({**OPENAI, **GROQ, **extra}).providers
+    assert openai.extra_body == {
+        "temperature": 0.3,
+        "stream_options": None,
+        "model_kwargs": {"n": 1},
+    }
+    assert groq.extra_headers == {
+        "HTTP-Referer": "https://app.example.com",
+        "Authorization": "Token x",
+        "X-Empty": "",
+    }
+    assert (openai.extra_headers, groq.extra_body) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -485,9 +551,12 @@ def test_unknown_name_in_env_file_is_a_warning_that_suggests_a_setting(
 
 def test_every_variable_that_is_read_is_known() -> None:
     secrets = ("OPENAI_API_KEY_FILE", "API_KEYS_FILE", "STATE_URL_FILE", "GROQ_API_KEY_FILE")
-    names = [*variable_names(), *secrets, "GROQ_BASE_URL", "GROQ_API_KEY"]
+    groq = ["GROQ_BASE_URL", "GROQ_API_KEY", "GROQ_EXTRA_BODY", "GROQ_EXTRA_HEADERS"]
+    names = [*variable_names(), *secrets, *groq]
     assert list(startup_warnings(from_env(GROQ), names)) == []
-    assert len([*startup_warnings(from_env(OPENAI), ["GROQ_BASE_URL", "GROQ_API_KEY"])]) == 2
+    warnings = list(startup_warnings(from_env(OPENAI), groq))
+    assert len(warnings) == len(groq)
+    assert all("unless PROVIDERS contains its provider" in text for text in warnings)
 
 
 @pytest.mark.parametrize(

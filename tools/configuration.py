@@ -27,7 +27,7 @@ INTRODUCTION = """\
 # override this file. A $ in a value is an ordinary character.
 #
 # A secret can come from a file instead: OPENAI_API_KEY_FILE=/run/secrets/openai, and likewise
-# API_KEYS_FILE, STATE_URL_FILE and the API key of each provider.
+# API_KEYS_FILE, STATE_URL_FILE, and the API key and the extra headers of each provider.
 """
 # Variables of an example provider, shown below PROVIDERS.
 EXAMPLES = {
@@ -67,7 +67,7 @@ def entries() -> Iterator[Entry]:
 def format_default(value: object) -> str:
     """Return a default as an environment variable would contain it."""
     match value:
-        case None | ():
+        case None | () | {}:
             return ""
         case Rate(limit, seconds):
             unit = next(unit for unit, size in RATE_UNITS.items() if size == seconds)
