@@ -114,6 +114,7 @@ URL = "a URL such as http://localhost:11434/v1, without user, password, query an
 JSON = BeforeValidator(lambda text: from_json(text, allow_inf_nan=False))
 LIST = BeforeValidator(_split)
 Switch = Annotated[bool, Field(description="true or false, on or off")]
+Bytes = Annotated[int, Field(ge=2**16, le=2**40)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seconds = Annotated[float, Field(ge=0.001, le=86400)]
 Limit = Annotated[Rate | None, BeforeValidator(_parse_rate), Field(description=RATE)]
@@ -200,7 +201,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     # The rate limit of each name in API_KEYS.
     rate_limit_api_key: Limit = Rate(600, 60)
 
-    # ---- Sessions
+    # ---- Sessions and resumable streams
 
     # Where sessions are stored: sqlite:///PATH (sqlite:////data/chat.db is an absolute path),
     # memory://, or redis://USER:PASSWORD@HOST:6379/0 (rediss:// for TLS). Replicas that use the
@@ -210,12 +211,18 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     session_ttl_seconds: Annotated[float, Field(ge=0.001, le=10**9)] = 86400
     # The maximum size of the SQLite file, in bytes. A full store rejects chat requests with 503
     # until sessions expire or are deleted.
-    state_max_bytes: Annotated[int, Field(ge=2**16, le=2**40)] = 2**30
+    state_max_bytes: Bytes = 2**30
     # The number of sessions per caller once the store is half full. Beyond it, each new session
     # replaces the caller's oldest idle one. API keys get ten times as many.
     max_sessions_per_caller: Count = 1000
     # The length of the history that a session retains, in characters. Older turns are dropped.
     history_max_chars: Count = 32000
+
+    # How long a stream with an Idempotency-Key continues without a client, and how long it can be
+    # read again after its end. 0 turns resumable streams off.
+    resume_seconds: Annotated[float, Field(ge=0, le=86400)] = 60
+    # The size of the events that this process retains for resumable streams, in bytes.
+    resume_max_bytes: Bytes = 2**24
 
     # ---- Limits
 

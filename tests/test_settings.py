@@ -53,6 +53,8 @@ DEFAULTS = {
     "state_max_bytes": 2**30,
     "max_sessions_per_caller": 1000,
     "history_max_chars": 32000,
+    "resume_seconds": 60,
+    "resume_max_bytes": 2**24,
     "max_body_bytes": 65536,
     "max_message_chars": 8000,
     "max_streams": 1000,
@@ -71,6 +73,7 @@ DEFAULTS = {
     "playground": True,
 }
 INTEGER = "an integer between 1 and 1000000000"
+BYTES = "an integer between 65536 and 1099511627776"
 SECONDS = "a number between 0.001 and 86400"
 SWITCH = "true or false, on or off"
 URL = "a URL such as http://localhost:11434/v1, without user, password, query and fragment"
@@ -176,7 +179,9 @@ def test_settings_are_immutable_and_have_no_other_field() -> None:
         ("RATE_LIMIT", RATE, ["0/minute", "ten/minute", "1/fortnight", "10", "1000000000/day"]),
         ("RATE_LIMIT_API_KEY", RATE, ["often"]),
         ("SESSION_TTL_SECONDS", "a number between 0.001 and 1000000000", ["0", "1e10"]),
-        ("STATE_MAX_BYTES", "an integer between 65536 and 1099511627776", ["65535", "1GiB"]),
+        ("STATE_MAX_BYTES", BYTES, ["65535", "1GiB"]),
+        ("RESUME_SECONDS", "a number between 0 and 86400", ["-1"]),
+        ("RESUME_MAX_BYTES", BYTES, ["0"]),
         ("MAX_SESSIONS_PER_CALLER", INTEGER, ["0"]),
         ("HISTORY_MAX_CHARS", INTEGER, ["0"]),
         ("MAX_BODY_BYTES", "an integer between 64 and 16777216", ["63", "16777217"]),
