@@ -20,7 +20,7 @@ def write_sbom() -> None:
     with TemporaryDirectory() as directory:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
         pip = [sys.executable, "-m", "pip", "--python", directory, "install", "--quiet"]
-        subprocess.run([*pip, "--require-hashes", "-r", "requirements.txt"], cwd=ROOT, check=True)
+        subprocess.run([*pip, "--require-hashes", "-r", "requirements/run.txt"], cwd=ROOT, check=True)
         made = [f"{BIN}/cyclonedx-py", "environment", "--pyproject", "pyproject.toml"]
         made += ["--output-reproducible", "-o", SBOM, directory]
         subprocess.run(made, cwd=ROOT, check=True)
@@ -53,7 +53,7 @@ def decision(report: str, stderr: str) -> tuple[int, str]:
 def main() -> None:
     write_sbom()
     sys.stdout.write(f"{SBOM} lists the packages\n")
-    asked = [f"{BIN}/pip-audit", "-r", "requirements.txt", "--require-hashes", "--disable-pip"]
+    asked = [f"{BIN}/pip-audit", "-r", "requirements/run.txt", "--require-hashes", "--disable-pip"]
     asked += ["--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     status, told = decision(done.stdout, done.stderr)

@@ -14,9 +14,9 @@ HEAD = "| package | version | licence | size | why |\n|---|---|---|--:|---|\n"
 
 
 def locked() -> dict[str, str]:
-    """The packages of requirements.txt that are for this platform and any newer Python, and their
+    """The packages of requirements/run.txt that are for this platform and any newer Python, and their
     versions."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = (ROOT / "requirements" / "run.txt").read_text(encoding="utf-8")
     found = re.findall(r"^([a-z0-9-]+)==([^ ;]+)( ; [^\\]+)?", lines, re.MULTILINE)
     elsewhere = re.compile("win32|python_full_version <")
     return {name: version for name, version, marker in found if not elsewhere.search(marker)}
