@@ -20,7 +20,9 @@ def write_sbom() -> None:
     with TemporaryDirectory() as directory:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
         pip = [sys.executable, "-m", "pip", "--python", directory, "install", "--quiet"]
-        subprocess.run([*pip, "--require-hashes", "-r", "requirements/run.txt"], cwd=ROOT, check=True)
+        subprocess.run(
+            [*pip, "--require-hashes", "-r", "requirements/run.txt"], cwd=ROOT, check=True
+        )
         made = [f"{BIN}/cyclonedx-py", "environment", "--pyproject", "pyproject.toml"]
         made += ["--output-reproducible", "-o", SBOM, directory]
         subprocess.run(made, cwd=ROOT, check=True)
