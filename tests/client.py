@@ -135,7 +135,7 @@ class Client:
         """Gone, as a closed browser tab is."""
         self.writer.transport.abort()
 
-    async def closed(self) -> None:
+    async def wait_closed(self) -> None:
         """Returns when the service has closed or reset the connection."""
         try:
             while await self.reader.read(65536):

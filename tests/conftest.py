@@ -22,7 +22,7 @@ from tests.redis_server import RedisServer
 from tests.upstream import Script, Upstream, running_upstream
 
 # Longer than anything that is waited for here takes on the slowest machine.
-PATIENCE_SECONDS = 20.0
+TIMEOUT_SECONDS = 20.0
 
 
 def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
@@ -59,7 +59,7 @@ class Log(logging.Handler):
     def requests(self) -> list[dict[str, Any]]:
         return [entry for entry in self.entries if entry["event"] == "request"]
 
-    async def request(self, number: int = 0) -> dict[str, Any]:
+    async def wait_for_request(self, number: int = 0) -> dict[str, Any]:
         """The line of the request of that number, waited for if it has not ended yet."""
         async with self._grown:
             await self._grown.wait_for(lambda: len(self.requests()) > number)
@@ -67,7 +67,7 @@ class Log(logging.Handler):
 
 
 @dataclass
-class Running:
+class RunningService:
     """A service that listens, its log, and clients that are closed with it."""
 
     url: str
@@ -96,7 +96,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncIterator[Running]:
+async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncIterator[RunningService]:
     """The service with these variable_names, on a free port of 127.0.0.1. When the block ends it has to
     have given back every stream slot and task that requests of the block took."""
     assert env.get("OPENAI_API_KEY", CANARY) == CANARY, "another key is not looked for"
@@ -112,7 +112,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     listeners = listen(settings)
     await server.startup(listeners)
     port = server.servers[0].sockets[0].getsockname()[1]
-    running = Running(f"http://127.0.0.1:{port}", handler)
+    running = RunningService(f"http://127.0.0.1:{port}", handler)
     try:
         yield running
     finally:
@@ -146,11 +146,11 @@ async def _end(tasks: set[asyncio.Task[Any]]) -> None:
     """All of `tasks` end, but those in which the test's runner calls the test and its fixtures."""
     ours = {task for task in tasks if "TestRunner" not in repr(task.get_coro())}
     if ours:
-        _, left = await asyncio.wait(ours, timeout=PATIENCE_SECONDS)
+        _, left = await asyncio.wait(ours, timeout=TIMEOUT_SECONDS)
         assert not left, left
 
 
-StartService = Callable[..., Awaitable[Running]]
+StartService = Callable[..., Awaitable[RunningService]]
 StartUpstream = Callable[[Script], Awaitable[Upstream]]
 
 
@@ -169,7 +169,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 def service(stack: AsyncExitStack) -> StartService:
     """`await service(RATE_LIMIT="off")` starts one; it ends with the test."""
 
-    async def start(*more: LLMProvider, **env: str) -> Running:
+    async def start(*more: LLMProvider, **env: str) -> RunningService:
         return await stack.enter_async_context(running_service(env, *more))
 
     return start

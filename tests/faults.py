@@ -14,7 +14,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from tests.client import CANARY, Client, Response
-from tests.conftest import PATIENCE_SECONDS, Running, running_service
+from tests.conftest import TIMEOUT_SECONDS, RunningService, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
 SESSION = "mine"
@@ -35,12 +35,12 @@ STATUS = {
 QUIET = {"done", "context_too_long", "content_refused", "shutting_down"}
 
 
-def level(ended: str) -> str:
+def expected_level(ended: str) -> str:
     """How loudly the log tells of an answer that ended like this."""
     return "info" if ended in QUIET else "warning"
 
 
-def settings(url: str) -> dict[str, str]:
+def provider_env(url: str) -> dict[str, str]:
     """One provider at `url`, asked once, and no limit in the way."""
     return {
         "OPENAI_API_KEY": CANARY,
@@ -50,60 +50,60 @@ def settings(url: str) -> dict[str, str]:
     }
 
 
-def open_files() -> int:
+def count_open_files() -> int:
     """How many file descriptors this process holds."""
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path would be made of each
 
 
-async def no_more_files_than(before: int) -> None:
+async def wait_for_open_files(before: int) -> None:
     """The event loop closes a socket a few turns after it was told to."""
     for _ in range(1000):
-        if open_files() <= before:
+        if count_open_files() <= before:
             return
         await checkpoint()
-    raise AssertionError(f"{open_files() - before} file descriptors are left over")
+    raise AssertionError(f"{count_open_files() - before} file descriptors are left over")
 
 
 @dataclass
-class Scene:
+class Scenario:
     """A service and its providers, alone in the process."""
 
-    app: Running
+    app: RunningService
     upstreams: Sequence[Upstream]
 
     @property
     def upstream(self) -> Upstream:
         return self.upstreams[0]
 
-    async def request(self, **fields: Any) -> Response:
+    async def chat(self, **fields: Any) -> Response:
         """A chat in the one session, on a connection of its own."""
         return await self.app.chat(**{"session_id": SESSION, **fields})
 
-    def chats(self) -> list[dict[str, Any]]:
+    def chat_log_lines(self) -> list[dict[str, Any]]:
         """The log lines of chats so far."""
         lines = self.app.log.requests()
         return [line for line in lines if line["route"] == "/api/v1/chat"]
 
-    async def line(self, number: int = 0) -> dict[str, Any]:
+    async def wait_for_log_line(self, number: int = 0) -> dict[str, Any]:
         """The log line of the chat of that number, waited for."""
-        await self.app.log.request(number)
-        while len(self.chats()) <= number:
-            await self.app.log.request(len(self.app.log.requests()))
-        return self.chats()[number]
+        await self.app.log.wait_for_request(number)
+        while len(self.chat_log_lines()) <= number:
+            await self.app.log.wait_for_request(len(self.app.log.requests()))
+        return self.chat_log_lines()[number]
 
-    async def history(self) -> list[tuple[str, bool]]:
+    async def read_responses(self) -> list[tuple[str, bool]]:
         """The answers that are stored, and whether each is complete."""
         reply = await self.app.get(f"/api/v1/sessions/{SESSION}")
         messages = (await reply.json()).get("messages", ())
         return [(m["content"], m["complete"]) for m in messages if m["role"] == "assistant"]
 
-    async def nothing_held(self) -> None:
+    async def assert_nothing_held(self) -> None:
         """No slot is taken, and the session is not locked: it can be deleted."""
         assert await self.app.metric("chat_active_streams") == 0
         reply = await (await self.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
         assert reply.status in (204, 404)
 
-    async def upstreams_closed(self) -> None:
+    async def wait_for_upstreams_closed(self) -> None:
         """Every connection to a provider that was asked is closed."""
         for upstream in self.upstreams:
             for request in upstream.requests:
@@ -111,7 +111,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(*scripts: Script, **env: str) -> AsyncIterator[Scene]:
+async def run_scenario(*scripts: Script, **env: str) -> AsyncIterator[Scenario]:
     """A service whose providers follow the scripts: `openai`, then `b`, `c` and so on. Each is
     asked once, and no limit is in the way, unless `env` says so. After the block no connection and
     no file descriptor is left."""
@@ -119,22 +119,22 @@ async def scene(*scripts: Script, **env: str) -> AsyncIterator[Scene]:
     loop = asyncio.get_running_loop()
     (await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)).close()
     await checkpoint()
-    before = open_files()
+    before = count_open_files()
     async with AsyncExitStack() as stack:
-        stack.enter_context(anyio.fail_after(PATIENCE_SECONDS))
+        stack.enter_context(anyio.fail_after(TIMEOUT_SECONDS))
         upstreams = [await stack.enter_async_context(running_upstream(each)) for each in scripts]
         names = [chr(ord("a") + number) for number in range(1, len(scripts))]
-        defaults = {**settings(upstreams[0].url), "PROVIDERS": ",".join(names)}
+        defaults = {**provider_env(upstreams[0].url), "PROVIDERS": ",".join(names)}
         for name, upstream in zip(names, upstreams[1:], strict=True):
             defaults[f"{name.upper()}_BASE_URL"] = upstream.url
         async with running_service({**defaults, **env}) as app:
-            found = Scene(app, upstreams)
+            found = Scenario(app, upstreams)
             yield found
-        await found.upstreams_closed()
-    await no_more_files_than(before)
+        await found.wait_for_upstreams_closed()
+    await wait_for_open_files(before)
 
 
-async def ending(reply: Response) -> tuple[str, dict[str, Any]]:
+async def read_to_end(reply: Response) -> tuple[str, dict[str, Any]]:
     """The text of an answer and its one terminal event, after which nothing comes; or the body of
     an error of its own status."""
     if reply.status != 200:
@@ -150,13 +150,13 @@ async def ending(reply: Response) -> tuple[str, dict[str, Any]]:
     return "".join(chunk["chunk"] for chunk in chunks), last
 
 
-def outcome(last: dict[str, Any]) -> str:
+def get_outcome(last: dict[str, Any]) -> str:
     """`done` or the error's code."""
     code: str = last["error"]["code"] if last["status"] == "error" else "done"
     return code
 
 
-async def small_client(url: str) -> Client:
+async def connect_slow_client(url: str) -> Client:
     """A client for which the kernel keeps little, and which reads nothing unless it is asked to."""
     parts = urlsplit(url)
     sock = socket.socket()

@@ -62,7 +62,7 @@ class Connection:
         """The head of a stream, these events, each a chunk of its own, and no end."""
         await self.send(HEAD + b"".join(http_chunk(data) for data in events))
 
-    async def more(self, *events: bytes) -> None:
+    async def send_events(self, *events: bytes) -> None:
         """Further events of a stream that has begun."""
         await self.send(b"".join(http_chunk(data) for data in events))
 
@@ -100,7 +100,7 @@ class Upstream:
     # Grows with every request, so that a test can wait for one.
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def request(self, number: int = 0) -> Connection:
+    async def wait_for_request(self, number: int = 0) -> Connection:
         """The request of that number, waited for if it has not come yet."""
         async with self.arrived:
             await self.arrived.wait_for(lambda: len(self.requests) > number)
