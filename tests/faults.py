@@ -1,4 +1,4 @@
-"""Scenarios of a service and its scripted providers, which check that no request leaks resources."""
+"""Scenarios of a service and scripted providers, which check that no request leaks resources."""
 
 import asyncio
 import os
