@@ -299,7 +299,9 @@ def create_transport(target: httpx.URL) -> HTTPTransport:
         raise SettingsError(f"SSL_CERT_FILE cannot be read: {error.strerror}; {expected}") from None
     except ValueError:
         variable = f"{target.scheme.upper()}_PROXY"
-        raise SettingsError(f"{variable} must be an http:// URL; other proxies are not supported") from None
+        raise SettingsError(
+            f"{variable} must be an http:// URL; other proxies are not supported"
+        ) from None
     return HTTPTransport(tls, proxy)
 
 

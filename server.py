@@ -245,7 +245,11 @@ class HTTPProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         # ASGI declares extensions as dictionaries; this one is an object.
-        self.scope["extensions"] = {CONNECTION: cast(Any, ClientConnection(self.cycle, self.client[0] if self.client else None))}
+        self.scope["extensions"] = {
+            CONNECTION: cast(
+                Any, ClientConnection(self.cycle, self.client[0] if self.client else None)
+            )
+        }
         self._overhead_bytes = 0
         # What follows are trailers, which must not pass for headers (RFC 9110, section 6.5.1).
         self.headers = []
@@ -326,7 +330,9 @@ def without_chunked_encoding(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIA
 
 
 def shutting_down() -> ServiceError:
-    return ServiceError("shutting_down", "The service is shutting down. Retry in 1 s.", retry_after=1)
+    return ServiceError(
+        "shutting_down", "The service is shutting down. Retry in 1 s.", retry_after=1
+    )
 
 
 class Drain:

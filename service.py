@@ -231,7 +231,9 @@ class ChatEndpoint:
         finally:
             request.state.record.wait_seconds = time.monotonic() - began
         self.drain.check()
-        raise ServiceError("request_timeout", f"The body did not arrive within {seconds:g} s. Retry.")
+        raise ServiceError(
+            "request_timeout", f"The body did not arrive within {seconds:g} s. Retry."
+        )
 
     async def _receive_body(self, request: Request) -> bytes:
         limit, received = self.settings.max_body_bytes, 0
@@ -333,7 +335,9 @@ def routing_error(error: HTTPException, path: str) -> ServiceError:
         allowed = error.headers["Allow"]
         return ServiceError("method_not_allowed", f"This path allows the methods {allowed}.")
     if path.endswith("/chat/completions"):
-        problem = "This service has its own API, not OpenAI's: POST /api/v1/chat, see /openapi.json."
+        problem = (
+            "This service has its own API, not OpenAI's: POST /api/v1/chat, see /openapi.json."
+        )
         return ServiceError("not_found", problem)
     return ServiceError("not_found", "No such path. Chat is at POST /api/v1/chat.")
 

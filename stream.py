@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 from pydantic_core import to_json
