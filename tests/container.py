@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.client import Client
-from tests.conftest import PATIENCE_SECONDS
+from tests.conftest import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -340,7 +340,7 @@ async def running(
         assert process.stdout is not None
         container = Container(image, group, process, "", [])
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 while not container.url:
                     container.log.append(json.loads(await process.stdout.readline()))
                     said = re.search(

@@ -28,7 +28,7 @@ from ratelimit import (
 )
 from settings import ApiKey, Rate, from_env
 from tests.client import JSON, Client, Response
-from tests.conftest import Running, StartService, raises
+from tests.conftest import RunningService, StartService, raises
 
 TEN_A_MINUTE = Rate(10, 60)
 DAY = 86400 * MICROSECONDS
@@ -423,7 +423,7 @@ async def knock(client: Client, headers: dict[str, str] | None = None) -> Respon
     return reply
 
 
-def callers(app: Running) -> list[str]:
+def callers(app: RunningService) -> list[str]:
     """Who each chat request came from, as the log says."""
     return [entry["caller"] for entry in app.log.requests()]
 
@@ -544,7 +544,7 @@ async def test_a_proxys_users_have_tokens_of_their_own_and_share_those_of_one_64
     assert statuses == [422, 422, 422, 429, 422, 429]
 
 
-def proxy_warnings(app: Running) -> list[str]:
+def proxy_warnings(app: RunningService) -> list[str]:
     told = [entry["event"] for entry in app.log.entries if entry["level"] == "warning"]
     return [text for text in told if "FORWARDED_ALLOW_IPS=127.0.0.1" in text]
 

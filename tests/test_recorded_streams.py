@@ -209,7 +209,7 @@ async def test_a_recorded_stream_gives_its_text_its_usage_and_its_end(
     async def script(request: Connection) -> None:
         await request.send(head_of(name))
         for cut in cuttings[len(provider.requests) - 1]:
-            await request.more(cut)
+            await request.send_events(cut)
             await asyncio.sleep(0)  # the service's turn, so that a cut is often a read of its own
         await request.send(END)
 
@@ -244,7 +244,7 @@ async def test_a_recorded_error_gets_its_code_and_nothing_of_it_is_repeated(
     assert told["retry_after"] == retry_after
     assert reply.headers.get("retry-after") == (retry_after and str(retry_after))
 
-    await app.log.request()
+    await app.log.wait_for_request()
     seen = body + str(reply.headers) + "".join(app.log.lines)
     said = re.findall(r"\w+_\w+|[^\"<>{}\\]{12,}", error["body"])
     assert said

@@ -83,13 +83,13 @@ async def provide(request: Connection) -> None:
         count = random.randint(20, 120 if large else 60)  # noqa: S311 - no secret
         for _ in range(count):
             await asyncio.sleep(random.lognormvariate(-4, 0.7))
-            await request.more(delta(" word"))
+            await request.send_events(delta(" word"))
         if luck > 0.98:
             request.reset()
             return
         usage = {"prompt_tokens": count // 2, "completion_tokens": count + 1}
         end = event({"choices": [], "usage": usage})
-        await request.more(delta(finish_reason="stop"), end, DONE)
+        await request.send_events(delta(finish_reason="stop"), end, DONE)
         await request.send(END)
 
 
