@@ -291,7 +291,7 @@ class HTTPTransport(httpx.AsyncBaseTransport):
     """Sends requests over kept connections, directly or through an HTTP proxy.
 
     The response's extension `body` is its `ResponseBody`. Of a request's timeouts only `connect`
-    applies: it covers name resolution, every address, the proxy and TLS. The caller limits the rest.
+    applies. It covers name resolution, all addresses, the proxy and TLS. The rest is the caller's.
     """
 
     def __init__(self, tls: ssl.SSLContext, proxy: httpx.Proxy | None = None) -> None:

@@ -26,7 +26,8 @@ from pydantic_core import from_json, to_json
 
 from errors import FieldProblem, ServiceError, invalid_request
 from http_client import HTTPTransport, ResponseBody, bypasses_proxy
-from openai_stream import Chunks, CompletionParser, classify_error
+from openai_stream import Chunks, classify_error
+from openai_stream import CompletionParser as _Base
 from settings import ProviderSettings, Settings, SettingsError
 from telemetry import Attempt
 
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Completion:
-    """How a completion ended, in the provider's own values: its last `usage`, its `finish_reason`."""
+    """How a completion ended. All values are the provider's own; `usage` is its last."""
 
     model: str | None
     finish_reason: str | None
@@ -113,7 +114,7 @@ class LLMProvider(ABC):
 
 
 class OpenAIProvider(LLMProvider):
-    """OpenAI's REST API, or a server that is compatible with it, at `{base_url}/chat/completions`."""
+    """OpenAI's REST API, or a compatible server, at `{base_url}/chat/completions`."""
 
     def __init__(self, provider: ProviderSettings, settings: Settings) -> None:
         self.name = provider.name
@@ -180,7 +181,7 @@ class OpenAIProvider(LLMProvider):
         return None if self._api_key and self._api_key in str(value) else value
 
 
-async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> None:
+async def _read(body: ResponseBody, parser: "CompletionParser", sink: Sink) -> None:
     """Read a stream until its parser has all it needs, or fails, or the body ends.
 
     Chunks are written to `sink` inside the connection's read callback.
@@ -274,6 +275,23 @@ def translate_http_errors() -> Iterator[None]:
     except httpx.HTTPError as error:
         problem = "The connection to the provider failed. Retry."
         raise ServiceError("upstream_error", problem, retryable=True) from error
+
+
+class CompletionParser(_Base):  # TEMP
+    @property
+    def finished(self) -> bool:
+        return bool(self.finish_reason)
+
+    @property
+    def complete(self) -> bool:
+        return self.done or self.finished
+
+    def close(self) -> Chunks | None:
+        if not self.complete and not self.error:
+            self.error = ServiceError(
+                "upstream_incomplete", "The provider's response ended early. Retry."
+            )
+        return None
 
 
 def create_transport(target: httpx.URL) -> HTTPTransport:

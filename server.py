@@ -105,8 +105,8 @@ def raise_descriptor_limit(settings: Settings) -> str | None:
 def reset_connection(transport: asyncio.Transport) -> None:
     """Close a connection with a RST.
 
-    `close` would wait for the client to read. `abort` alone would leave what the kernel has buffered
-    to be delivered, for a client that does not read (socket(7), SO_LINGER).
+    `close` would wait for the client to read. `abort` alone would leave the kernel's buffer
+    to be delivered to a client that does not read (socket(7), SO_LINGER).
     """
     linger = struct.pack("ii", 1, 0)
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -116,8 +116,8 @@ def reset_connection(transport: asyncio.Transport) -> None:
 class ClientConnection:
     """The connection of one request: the value of the ASGI extension CONNECTION.
 
-    Between `http.response.start` and the last `http.response.body`, an application may `write` parts
-    of the body itself. That takes no task: it can be done inside a callback of the event loop.
+    Between `http.response.start` and the last `http.response.body`, an application may `write`
+    parts of the body itself, also inside a callback of the event loop.
     The server calls `on_resume` and `on_disconnect`, which the application sets.
     """
 

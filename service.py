@@ -471,14 +471,13 @@ def configure_logging(level: str) -> logging.Logger:
 
 def log_start(log: logging.Logger, settings: Settings, url: str) -> None:
     """Log where the service listens and how it is configured, without secrets."""
-    rate = settings.rate_limit
-    limit = f"{rate.limit}/{rate.seconds} s" if rate else "unlimited"
+    limit = str(settings.rate_limit or "unlimited")
     fields = {
         "version": VERSION,
         "url": url,
         "provider": settings.default_provider_name,
         "model": settings.default_model,
-        "sessions": settings.state_url_without_secrets,
+        "sessions": settings.public_state_url,
         "anonymous": limit if settings.allow_anonymous else "rejected",
     }
     summary = ", ".join(f"{name} {fields[name]}" for name in list(fields)[2:])

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 from pydantic_core import to_json
@@ -73,7 +73,8 @@ class EventStream(Sink):
         self.started = False
         self._run = run
         self._on_finish = on_finish
-        self._ids = {"id": request_id, "session_id": session_id}
+        # Any, because the events have fields of several types.
+        self._ids: dict[str, Any] = {"id": request_id, "session_id": session_id}
         self._settings = settings
         self._before_chunk = b'data: {"chunk":'
         self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
