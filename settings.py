@@ -54,6 +54,10 @@ class Rate(NamedTuple):
     limit: Annotated[int, Field(ge=1, le=999_999_999)]
     seconds: int
 
+    def __str__(self) -> str:
+        unit = next(name for name, seconds in RATE_UNITS.items() if seconds == self.seconds)
+        return f"{self.limit}/{unit}"
+
 
 class ApiKey(NamedTuple):
     """An API key of a caller: a name for the log, and the SHA-256 digest of the key."""
@@ -263,6 +267,11 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
     playground: Switch = True
 
     @property
+    def public_state_url(self) -> str:
+        """STATE_URL without user name and password."""
+        return re.sub("//[^/]*@", "//", self.state_url)
+
+    @property
     def default_provider_name(self) -> str:
         return self.default_provider or [*(each.name for each in self.providers), "mock"][0]
 
@@ -353,8 +362,6 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
-    if settings.default_provider_name == "mock":
-        yield "Using the mock provider, which calls no model; set OPENAI_API_KEY to use OpenAI"
 
 
 def _prefix(provider: str) -> str:

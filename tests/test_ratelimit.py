@@ -27,7 +27,7 @@ from ratelimit import (
 )
 from settings import Rate, from_env
 from tests.client import JSON, Client, Response
-from tests.conftest import Running, StartService, raises
+from tests.conftest import RunningService, StartService, raises
 
 TEN_A_MINUTE = Rate(10, 60)
 DAY = 86400 * MICROSECONDS
@@ -378,7 +378,7 @@ async def take_token(client: Client, headers: dict[str, str] | None = None) -> R
     return response
 
 
-def logged_callers(app: Running) -> list[str]:
+def logged_callers(app: RunningService) -> list[str]:
     return [entry["caller"] for entry in app.log.requests()]
 
 
