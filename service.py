@@ -208,7 +208,9 @@ class ChatEndpoint:
             with self.drain.track(stream.abort):
                 await stream(scope, receive, send)
         finally:
-            self.metrics.finish_stream(record, stream.report, call.attempts, self.router.known)
+            self.metrics.finish_stream(
+                record, stream.fill_report(), call.attempts, self.router.known
+            )
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the request's body.
