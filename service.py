@@ -51,7 +51,7 @@ from server import (
     raise_descriptor_limit,
 )
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import End, EventStream
 
 VERSION = "0.1.0"
@@ -524,7 +524,7 @@ def main() -> None:
     # tenth of the time with 1,000 open streams, and 0.4 s at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    warnings = [*unknown_variable_warnings(file, settings), raise_descriptor_limit(settings)]
+    warnings = [*startup_warnings(settings, file), raise_descriptor_limit(settings)]
     for warning in filter(None, warnings):
         log.warning(warning)
     on_started = partial(log_start, log, settings)

@@ -11,10 +11,11 @@ import yaml
 from compose_spec import PyCompose
 
 from server import CUT_SECONDS
-from settings import SECRETS, Settings, variable_names
+from settings import Settings, variable_names
 from tests.container import context
 
 ROOT = Path(__file__).parent.parent
+SECRETS = {name[:-5] for name in variable_names() if name.endswith("_FILE")}
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")

@@ -1219,7 +1219,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(launch: Launch) -> No
         None,
     ]
     assert (await process.line("request"))["request_id"] == reply.headers["x-request-id"]
-    assert any(line["event"].startswith("NO MODEL ANSWERS") for line in process.lines)
+    assert any(line["event"].startswith("Using the mock provider") for line in process.lines)
     client.disconnect()
     process.process.send_signal(signal.SIGTERM)
     status, errors = await process.ended()
@@ -1238,10 +1238,10 @@ async def test_interrupted_from_the_keyboard_it_stops_as_well(launch: Launch) ->
 @pytest.mark.parametrize(
     ("env", "told"),
     [
-        ({"PORT": "many"}, "PORT='many'"),
+        ({"PORT": "many"}, "PORT must be an integer between 0 and 65535 (got 'many')"),
         ({"HOST": "a..b"}, "HOST='a..b', PORT=0: "),
-        ({"RATE_LIMIT": "10"}, "RATE_LIMIT='10'"),
-        ({"API_KEYS": "me:tooshort-4711"}, "API_KEYS: "),
+        ({"RATE_LIMIT": "10"}, "RATE_LIMIT must be N/second"),
+        ({"API_KEYS": "me:tooshort-4711"}, "API_KEYS must be NAME:KEY entries"),
         (
             {"MODELS": "gpt-9"},
             "DEFAULT_MODEL='gpt-4o-mini' is not among MODELS: set it to one of them",
