@@ -384,7 +384,7 @@ def test_unreachable_redis_stops_the_start_without_showing_the_password() -> Non
         with pytest.raises(SettingsError) as caught:
             create_app(settings, logging.Logger("test"), Drain())
     line = str(caught.value)
-    assert line.startswith("STATE_URL: Redis does not serve: ")
+    assert line.startswith("STATE_URL: Redis does not respond: ")
     assert address in line
     assert "user" not in line
     assert "password" not in line
