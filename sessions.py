@@ -151,10 +151,12 @@ CREATE INDEX session_expires ON session (expires_at);
 class SQLiteStore(SessionStore):
     """Sessions in an SQLite database that only this process uses.
 
-    One thread runs all statements, so the event loop never waits for the disk. Every change is a
-    single statement, which SQLite applies completely or not at all. Session locks are a set in this
-    process; only the store's thread uses it. Ids are stored as SHA-256 hashes, so a copy of the
-    file does not let its reader continue a session.
+    For a file, one thread runs all statements, so the event loop never waits for the disk. For
+    `:memory:` the event loop runs them, because a statement is faster than a change of threads.
+
+    Every change is a single statement, which SQLite applies completely or not at all. Session locks
+    are a set that only the thread with the statements uses. Ids are stored as SHA-256 hashes, so a
+    copy of the file does not let its reader continue a session.
     """
 
     def __init__(
@@ -171,15 +173,13 @@ class SQLiteStore(SessionStore):
                 f"STATE_URL: {path} cannot be used: {error}. Set it to sqlite:///PATH, where this"
                 " process can write to PATH and its directory, or to memory://"
             ) from None
-        self._thread = ThreadPoolExecutor(1, "sessions")
+        self._thread = None if path == ":memory:" else ThreadPoolExecutor(1, "sessions")
 
     async def open(self, owner: str, session_id: str | None) -> Session:
         if session_id is None:
             return new_session(owner, self._clock(), self._ttl)
         # Even a cancelled caller gets the session, because it has to unlock it.
-        with anyio.CancelScope(shield=True):
-            session = await self._run(lambda: self._open(owner, session_id))
-        return session  # noqa: RET504 - mypy takes a scope for something that may swallow errors
+        return await self._run(lambda: self._open(owner, session_id), shield=True)
 
     async def end(self, session: Session, turn: Turn | None) -> None:
         await self._run(lambda: self._end(session, turn))
@@ -191,26 +191,34 @@ class SQLiteStore(SessionStore):
         await self._run(lambda: self._delete(owner, session_id))
 
     async def sweep(self) -> None:
-        while await self._run(self._sweep):
-            pass
+        while await self._run(self._sweep):  # noqa: ASYNC110 - other tasks run between portions
+            await asyncio.sleep(0)
 
     async def check(self) -> None:
         await self._run(lambda: self._db.execute("SELECT 1 FROM session LIMIT 1").fetchone())
 
     async def aclose(self) -> None:
         await self._run(self._db.close)
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the store's thread, to its end even if the caller is cancelled."""
+    async def _run(self, work: Callable[[], T], *, shield: bool = False) -> T:
+        """Run `work` to its end, in the store's thread if it has one.
+
+        A cancelled caller waits for the result only if `shield` is true.
+        """
         try:
+            if self._thread is None:
+                return work()
             running = asyncio.get_running_loop().run_in_executor(self._thread, work)
             running.add_done_callback(lambda done: done.exception())
-            return await asyncio.shield(running)
+            with anyio.CancelScope(shield=shield):
+                result = await asyncio.shield(running)
+            return result  # noqa: RET504 - mypy assumes that a scope may suppress exceptions
         except sqlite3.Error as error:
             raise ServiceError("state_unavailable", UNAVAILABLE, retry_after=1) from error
 
-    # These methods run in the store's thread.
+    # `_run` calls the methods below.
 
     def _open(self, owner: str, session_id: str) -> Session:
         session = self._load(owner, session_id)

@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,31 @@ def failing_writes(file: Path, mode: str = "ROLLBACK") -> Iterator[None]:
         yield
         db.execute("DROP TRIGGER no_INSERT")
         db.execute("DROP TRIGGER no_UPDATE")
+
+
+# ---- threads
+
+
+@pytest.mark.parametrize(("path", "count"), [("chat.db", 1), (":memory:", 0)])
+async def test_only_a_store_in_a_file_has_a_thread(
+    tmp_path: Path, clock: Clock, path: str, count: int
+) -> None:
+    async with open_store(path if path == ":memory:" else tmp_path / path, clock) as store:
+        await store_turns(store, "mine", make_turn())
+        names = [thread.name for thread in threading.enumerate()]
+        assert sum(name.startswith("sessions") for name in names) == count
+
+
+async def test_sweep_in_memory_lets_requests_run_in_between(clock: Clock) -> None:
+    async with open_store(":memory:", clock) as store:
+        for number in range(2 * SWEEP_ROWS):
+            await store_turns(store, f"old-{number}", make_turn())
+        clock.now += TTL
+        sweeping = asyncio.create_task(store.sweep())
+        await asyncio.sleep(0)
+        assert not sweeping.done()
+        await store_turns(store, "new", make_turn())
+        await sweeping
 
 
 # ---- locks
