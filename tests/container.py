@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tests.client import Client
-from tests.conftest import PATIENCE_SECONDS
+from tests.conftest import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -325,7 +325,7 @@ async def running(
         assert process.stdout is not None
         container = Container(image, group, process, f"http://127.0.0.1:{port}", [])
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 # The start line has the address.
                 while f"http://0.0.0.0:{port}" not in str(container.log[-1:]):
                     container.log.append(json.loads(await process.stdout.readline()))

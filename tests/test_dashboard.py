@@ -58,7 +58,7 @@ async def exposition(service: StartService, upstream: StartUpstream) -> str:
     )
     for _ in range(2):
         await (await app.chat()).body()
-    await app.log.request(1)
+    await app.log.wait_for_request(1)
     return (await (await app.get("/metrics")).body()).decode()
 
 
