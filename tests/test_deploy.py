@@ -10,7 +10,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
-from server import CUT_SECONDS
+from server import CLOSE_SECONDS
 from settings import SECRETS, Settings, variable_names
 from tests.container import context
 
@@ -22,7 +22,7 @@ NAMESPACE, DEPLOYMENT, POLICY = yaml.safe_load_all(
     (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
 )
 # From SIGTERM until the last connection is closed.
-STOP_SECONDS = Settings().drain_seconds + CUT_SECONDS
+STOP_SECONDS = Settings().drain_seconds + CLOSE_SECONDS
 POD: dict[str, Any] = DEPLOYMENT["spec"]["template"]["spec"]
 
 
