@@ -35,7 +35,7 @@ from server import Drain
 from service import create_app
 from settings import Rate, SettingsError, from_env
 from tests.client import CANARY
-from tests.conftest import Running, StartService, StartUpstream, raises
+from tests.conftest import RunningService, StartService, StartUpstream, raises
 from tests.redis_server import RedisServer, free_port, program, running_relay
 from tests.test_conversations import answered, classify_error, on_session, remembered, repeat
 from tests.test_ratelimit import Clock, gaps, rates
@@ -352,7 +352,7 @@ async def hold(request: Connection) -> None:
 
 
 async def finish(request: Connection) -> None:
-    await request.more(delta("it"), delta(finish_reason="stop"), DONE)
+    await request.send_events(delta("it"), delta(finish_reason="stop"), DONE)
     await request.send(END)
 
 
@@ -376,7 +376,7 @@ async def test_a_request_makes_at_most_three_round_trips(
     assert trips == [["EVAL"] * 3, ["EVAL"] * 2]
 
 
-async def unavailable(app: Running) -> None:
+async def unavailable(app: RunningService) -> None:
     """What a request gets while Redis can't be asked."""
     reply = await app.chat("lost", session_id="mine")
     assert reply.headers["retry-after"] == "1"
@@ -406,7 +406,7 @@ async def test_redis_killed_and_started_again(
     own_redis.kill()
     await unavailable(app)
     for number, reply in enumerate(running, 1):
-        await finish(await provider.request(number))
+        await finish(await provider.wait_for_request(number))
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
     own_redis.start()
@@ -432,7 +432,7 @@ async def test_redis_paused(
     async with own_redis.paused(5.0):
         # More than there are connections, all at once.
         await asyncio.gather(*(unavailable(app) for _ in range(20)))
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         ended = (await running.events())[-1]
         assert ended["error"]["code"] == "state_unavailable"
     provider.script = repeat
@@ -451,7 +451,7 @@ async def test_redis_full(
             reply = await app.chat("lost", session_id="other")
             assert reply.headers["retry-after"] == "1"
             assert await classify_error(reply) == (503, "state_unavailable")
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         # What has begun may end: its lock gave room.
         assert (await running.events())[-1]["status"] == "done"
     provider.script = repeat

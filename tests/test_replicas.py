@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import Response
-from tests.conftest import Log, Running, StartUpstream
+from tests.conftest import Log, RunningService, StartUpstream
 from tests.redis_server import RedisServer, free_port, program
 from tests.test_conversations import answered, classify_error, on_session, repeat, sent
 from tests.test_kill import running_process
@@ -49,8 +49,8 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 class Replicas:
     """The address of the load balancer, and those behind it."""
 
-    balancer: Running
-    each: list[Running]
+    balancer: RunningService
+    each: list[RunningService]
     processes: list[Process]
 
     async def chat(self, message: str, session_id: str | None = "mine") -> Response:
@@ -71,7 +71,7 @@ class Replicas:
 
 
 @asynccontextmanager
-async def balancing(directory: Path, urls: list[str]) -> AsyncIterator[Running]:
+async def balancing(directory: Path, urls: list[str]) -> AsyncIterator[RunningService]:
     """nginx, as deploy/ sets it up, before these."""
     port = free_port()
     text = NGINX.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ async def balancing(directory: Path, urls: list[str]) -> AsyncIterator[Running]:
     process = await asyncio.create_subprocess_exec(
         program("nginx"), "-p", directory, "-c", config, "-e", "stderr"
     )
-    running = Running(f"http://127.0.0.1:{port}", Log())
+    running = RunningService(f"http://127.0.0.1:{port}", Log())
     while True:
         with suppress(ConnectionRefusedError):
             (await running.connect()).disconnect()
@@ -160,7 +160,7 @@ async def test_any_number_of_replicas_are_one_service(
         before = len(provider.requests)
         replies = await asyncio.gather(*(replicas.chat("Hi", "other") for _ in range(50)))
         assert Counter(reply.status for reply in replies) == {200: 1, 409: 49}
-        await finish(await provider.request(before))
+        await finish(await provider.wait_for_request(before))
         for reply in replies:
             await reply.body()
 
@@ -199,7 +199,7 @@ async def test_a_replica_that_stalls_past_its_lease_stores_nothing(
         provider.script = repeat
         await other.done("kept")
         replicas.processes[0].send_signal(signal.SIGCONT)
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
         assert await replicas.remembered() == answered("kept")

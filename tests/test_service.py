@@ -17,7 +17,7 @@ import pytest
 
 from providers import Call, ChunkStream, LLMProvider, Message
 from tests.client import CANARY, JSON, Client, Response
-from tests.conftest import Running, StartService, StartUpstream
+from tests.conftest import RunningService, StartService, StartUpstream
 from tests.upstream import (
     DONE,
     END,
@@ -46,14 +46,14 @@ def openai(url: str, **more: str) -> dict[str, str]:
     }
 
 
-Relay = Callable[..., Awaitable[tuple[Running, Upstream]]]
+Relay = Callable[..., Awaitable[tuple[RunningService, Upstream]]]
 
 
 @pytest.fixture
 def relay(service: StartService, upstream: StartUpstream) -> Relay:
     """`await relay(script, HEARTBEAT_SECONDS="1")` starts a provider and a service that asks it."""
 
-    async def start(script: Script, **env: str) -> tuple[Running, Upstream]:
+    async def start(script: Script, **env: str) -> tuple[RunningService, Upstream]:
         provider = await upstream(script)
         return await service(**openai(provider.url, **env)), provider
 
@@ -94,7 +94,7 @@ async def flood(request: Connection) -> None:
     """Text without end, as fast as it is taken."""
     await request.stream()
     while True:
-        await request.more(delta("x" * 60_000))
+        await request.send_events(delta("x" * 60_000))
 
 
 REASONING = event({"choices": [{"index": 0, "delta": {"reasoning_content": "hmm"}}]})
@@ -125,14 +125,14 @@ async def code(reply: Response) -> tuple[int, str]:
     return reply.status, (await failure(reply))["code"]
 
 
-async def exchange(app: Running, request: bytes) -> bytes:
+async def exchange(app: RunningService, request: bytes) -> bytes:
     """All that the service answers on one connection, until it closes it."""
     client = await app.connect()
     client.writer.write(request)
     return await client.reader.read()
 
 
-async def connected(app: Running, receive_buffer: int = 65536) -> socket.socket:
+async def connected(app: RunningService, receive_buffer: int = 65536) -> socket.socket:
     """A connection of which nothing is read but what a test reads."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -142,7 +142,7 @@ async def connected(app: Running, receive_buffer: int = 65536) -> socket.socket:
     return sock
 
 
-async def client_on(app: Running, sock: socket.socket) -> Client:
+async def client_on(app: RunningService, sock: socket.socket) -> Client:
     client = Client(*await asyncio.open_connection(sock=sock, limit=1024))
     app.clients.append(client)
     return client
@@ -221,8 +221,8 @@ async def test_a_piece_arrives_while_the_provider_still_holds_the_next(relay: Re
     app, provider = await relay(text)
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "first"
-    request = await provider.request()
-    await request.more(delta("second"), delta(finish_reason="stop"), DONE)
+    request = await provider.wait_for_request()
+    await request.send_events(delta("second"), delta(finish_reason="stop"), DONE)
     await request.send(END)
     assert [event.get("chunk") for event in await reply.events()] == ["second", None]
 
@@ -252,14 +252,14 @@ async def test_pieces_are_never_merged_split_or_dropped(relay: Relay) -> None:
 async def test_the_message_goes_to_the_provider_cleaned(relay: Relay) -> None:
     app, provider = await relay(hello)
     await (await app.chat(" e\u0301\r\n\u202eok\u200b ")).events()
-    asked = (await provider.request()).body
+    asked = (await provider.wait_for_request()).body
     assert asked["messages"] == [{"role": "user", "content": "é\nok"}]
 
 
 async def test_the_system_prompt_goes_before_the_message(relay: Relay) -> None:
     app, provider = await relay(hello, SYSTEM_PROMPT="Be brief.")
     await (await app.chat("Hi")).events()
-    assert (await provider.request()).body["messages"] == [
+    assert (await provider.wait_for_request()).body["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
     ]
@@ -325,7 +325,7 @@ async def test_a_request_that_has_to_change_is_refused(
     error = await failure(reply)
     assert (reply.status, error["code"]) == (status, expected)
     assert (error["retryable"], error["retry_after"]) == (False, None)
-    assert (await app.log.request())["outcome"] == expected
+    assert (await app.log.wait_for_request())["outcome"] == expected
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ async def test_after_a_body_that_is_too_large_the_connection_is_closed(
     reply = await client.request("POST", CHAT, b"x" * 101, JSON)
     assert reply.headers["connection"] == "close"
     await reply.body()
-    await client.closed()
+    await client.wait_closed()
 
 
 async def test_a_body_that_never_ends_is_not_read_for_ever(service: StartService) -> None:
@@ -465,7 +465,7 @@ async def test_a_body_that_does_not_arrive_in_time_is_refused_and_the_connection
     reply = await client.head()
     error = await failure(reply)
     assert (reply.status, error["code"], error["retryable"]) == (408, "request_timeout", True)
-    await client.closed()
+    await client.wait_closed()
     assert await app.metric("chat_active_streams") == 0
 
 
@@ -485,7 +485,7 @@ async def test_a_client_that_leaves_before_its_body_is_whole_is_gone(service: St
     head = raw("POST", CHAT, "Content-Type: application/json", "Content-Length: 20")
     client.writer.write(head + b'{"message":')
     client.disconnect()
-    assert (await app.log.request())["outcome"] == "client_disconnected"
+    assert (await app.log.wait_for_request())["outcome"] == "client_disconnected"
     assert await app.metric("chat_active_streams") == 0
 
 
@@ -524,7 +524,7 @@ async def test_a_caller_may_have_so_many_answers_open_and_no_more(relay: Relay) 
     # Another caller may.
     assert (await app.chat(host="127.0.0.2")).status == 200
     held[0].disconnect()
-    await app.log.request(1)
+    await app.log.wait_for_request(1)
     assert (await app.chat()).status == 200
 
 
@@ -537,7 +537,7 @@ async def test_a_server_has_so_many_answers_open_and_no_more(relay: Relay) -> No
     assert (refused.status, error["code"]) == (503, "overloaded")
     assert (error["retryable"], error["retry_after"]) == (True, 1)
     held.disconnect()
-    await app.log.request(1)
+    await app.log.wait_for_request(1)
     assert (await app.chat(host="127.0.0.2")).status == 200
 
 
@@ -573,7 +573,7 @@ async def test_a_defect_is_an_internal_error_and_is_logged_without_its_text(
     error = await failure(reply)
     assert (reply.status, error["code"], error["retryable"]) == (500, "internal_error", False)
     assert reply.headers["access-control-allow-origin"] == "https://app.example"
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["status"], line["outcome"], line["level"]) == (500, "internal_error", "error")
     assert line["request_id"] == reply.headers["x-request-id"]
     assert "ValueError" in line["trace"]
@@ -651,7 +651,7 @@ async def test_what_fails_before_the_first_text_gets_a_status_of_its_own(
     assert "memory" not in error["message"]
     assert reply.headers["ratelimit"] == '"anonymous";r=9;t=6'
     assert "x-session-id" not in reply.headers
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["status"], line["outcome"]) == (502, "upstream_error")
     # The connection is as good as after any other answer.
     assert (await client.request("GET", "/healthz")).status == 200
@@ -671,7 +671,7 @@ async def test_what_fails_after_the_first_text_is_the_one_terminal_event(relay: 
     assert end["error"]["code"] == "upstream_error"
     assert end["error"]["retryable"] is True
     assert "memory" not in end["error"]["message"]
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["status"], line["outcome"], line["chunks"]) == (200, "upstream_error", 2)
     assert (await client.request("GET", "/healthz")).status == 200
 
@@ -681,7 +681,7 @@ async def test_what_fails_after_a_heartbeat_is_the_terminal_event(relay: Relay) 
     reply = await app.chat()
     assert reply.status == 200
     assert await reply.block() == ": keep-alive"
-    await (await provider.request()).send(response(429, b"{}", "retry-after: 7"))
+    await (await provider.wait_for_request()).send(response(429, b"{}", "retry-after: 7"))
     [end] = await reply.events()
     assert (end["status"], end["error"]["code"]) == ("error", "upstream_unavailable")
     assert end["error"]["retry_after"] == 7
@@ -692,7 +692,7 @@ async def test_heartbeats_go_on_while_the_provider_says_nothing(relay: Relay) ->
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "first"
     assert [await reply.block() for _ in range(3)] == [": keep-alive"] * 3
-    await (await provider.request()).more(delta("second"), DONE)
+    await (await provider.wait_for_request()).send_events(delta("second"), DONE)
     assert [event.get("chunk") for event in await reply.events()] == ["second", None]
 
 
@@ -718,7 +718,7 @@ async def test_a_provider_that_is_late_before_its_first_text_is_a_504(
     error = await failure(reply)
     assert (error["code"], error["retryable"]) == ("upstream_timeout", True)
     assert said in error["message"]
-    await (await provider.request()).closed.wait()
+    await (await provider.wait_for_request()).closed.wait()
     assert await app.metric("chat_active_streams") == 0
 
 
@@ -740,7 +740,7 @@ async def test_a_provider_that_is_late_after_the_commit_is_the_terminal_event(
     end = (await reply.events())[-1]
     assert (end["status"], end["error"]["code"]) == ("error", "upstream_timeout")
     assert said in end["error"]["message"]
-    await (await provider.request()).closed.wait()
+    await (await provider.wait_for_request()).closed.wait()
 
 
 async def test_reasoning_stops_the_timer_of_the_first_piece(relay: Relay) -> None:
@@ -748,7 +748,7 @@ async def test_reasoning_stops_the_timer_of_the_first_piece(relay: Relay) -> Non
     reply = await app.chat()
     # By now the first chunk would be overdue.
     assert await reply.block() == ": keep-alive"
-    await (await provider.request()).more(delta("Hi"), DONE)
+    await (await provider.wait_for_request()).send_events(delta("Hi"), DONE)
     assert [event.get("chunk") for event in await reply.events()] == ["Hi", None]
 
 
@@ -771,10 +771,10 @@ async def test_leaving_before_the_first_text_closes_the_provider(
     app, provider = await relay(script)
     client = await app.connect()
     client.writer.write(raw("POST", CHAT, body=HELLO))
-    request = await provider.request()
+    request = await provider.wait_for_request()
     leave(client)
     await request.closed.wait()
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["outcome"], line["status"], line["chunks"]) == ("client_disconnected", None, 0)
     assert await app.metric("chat_active_streams") == 0
 
@@ -788,8 +788,8 @@ async def test_leaving_after_the_first_text_closes_the_provider(
     await (await client.chat()).event()
     assert await app.metric("chat_active_streams") == 1
     leave(client)
-    await (await provider.request()).closed.wait()
-    line = await app.log.request(1)
+    await (await provider.wait_for_request()).closed.wait()
+    line = await app.log.wait_for_request(1)
     assert (line["outcome"], line["status"], line["chunks"]) == ("client_disconnected", 200, 1)
     assert await app.metric("chat_active_streams") == 0
 
@@ -803,12 +803,12 @@ async def test_leaving_with_another_request_waiting_closes_the_provider(relay: R
     client.writer.write(raw("POST", CHAT, body=HELLO) * 2)
     assert (await client.head()).status == 200
     client.disconnect()
-    await (await provider.request()).closed.wait()
-    assert (await app.log.request())["outcome"] == "client_disconnected"
+    await (await provider.wait_for_request()).closed.wait()
+    assert (await app.log.wait_for_request())["outcome"] == "client_disconnected"
     assert len(provider.requests) == 1
 
 
-async def narrow(app: Running) -> Client:
+async def narrow(app: RunningService) -> Client:
     """A client that takes a few kilobytes and no more until it is read from."""
     return await client_on(app, await connected(app, receive_buffer=4096))
 
@@ -819,8 +819,8 @@ async def test_a_client_that_takes_nothing_is_cut_and_the_provider_held_back(
     app, provider = await relay(flood, WRITE_TIMEOUT_SECONDS="0.3", HEARTBEAT_SECONDS="0.1")
     client = await narrow(app)
     assert (await client.chat()).status == 200
-    await (await provider.request()).closed.wait()
-    line = await app.log.request()
+    await (await provider.wait_for_request()).closed.wait()
+    line = await app.log.wait_for_request()
     assert (line["outcome"], line["status"]) == ("client_stalled", 200)
     assert await app.metric("chat_active_streams") == 0
     # What a few buffers of the kernel hold; without backpressure it would be all memory.
@@ -1366,7 +1366,7 @@ async def test_a_providers_defect_is_an_internal_error_and_gives_all_back(
     reply = await app.chat(model_id="defective/x", session_id="mine")
     told = (await reply.events())[-1] if chunks else await reply.json()
     assert (reply.status, told["error"]["code"]) == (200 if chunks else 500, "internal_error")
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["outcome"], line["level"], line["cause"]) == (
         "internal_error",
         "error",
