@@ -342,7 +342,7 @@ async def test_what_is_refused_can_be_changed(service: StartService, browse: Bro
     app = await service(MAX_MESSAGE_CHARS="5")
     tab = await browse(app.url)
     await tab.say("Hello there")
-    assert "message has 11 characters, 5 are allowed" in await tab.ended()
+    assert "message must have at most 5 characters (got 11)" in await tab.ended()
     assert await tab.page.input_value("#message") == "Hello there"
 
 
