@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from service import VERSION
 from tests.client import CANARY, Client
 from tests.conftest import StartService
 
@@ -94,15 +95,26 @@ def launch(tmp_path: Path, stack: AsyncExitStack) -> StartProcess:
 # ---- start and end
 
 
-@pytest.mark.parametrize(("host", "address"), [("127.0.0.1", r"127\.0\.0\.1"), ("::1", r"\[::1\]")])
-async def test_start_line_has_url_provider_and_model(
-    service: StartService, host: str, address: str
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", r"http://127\.0\.0\.1:\d+"), ("::1", r"http://\[::1\]:\d+")]
+)
+async def test_start_line_has_version_url_and_the_main_settings(
+    service: StartService, host: str, url: str
 ) -> None:
     app = await service(HOST=host, OPENAI_API_KEY=CANARY)
-    start = app.log.lines[0]
-    assert re.search(f"http://{address}:[1-9][0-9]*", start)
-    assert "openai" in start
-    assert "gpt-4o-mini" in start
+    line = app.log.entries[0]
+    assert re.fullmatch(url, line["url"])
+    expected = {
+        "version": VERSION,
+        "provider": "openai",
+        "model": "gpt-4o-mini",
+        "sessions": "memory://",
+        "anonymous": "10/minute",
+    }
+    assert {name: line[name] for name in expected} == expected
+    assert [
+        value for value in [line["url"], *expected.values()] if value not in line["event"]
+    ] == []
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -126,6 +138,8 @@ async def test_start_without_a_provider_gives_one_warning_and_with_one_none(
 ) -> None:
     process = await launch(OPENAI_API_KEY=key)
     await process.wait_for_url()
+    process.process.terminate()
+    await process.wait_for_exit()
     warnings = [line["event"] for line in process.lines if line["level"] != "info"]
     assert ["OPENAI_API_KEY" in warning for warning in warnings] == ([] if key else [True])
     assert "-4711" not in json.dumps(process.lines)
@@ -141,7 +155,7 @@ async def test_log_is_text_at_a_terminal(launch: StartProcess) -> None:
     finally:
         os.close(terminal)
         os.close(shown)
-    assert re.search(rb"^\d\d:\d\d:\d\d info .*http://127", output, re.MULTILINE)
+    assert re.match(rb"\d\d:\d\d:\d\d chat-sidecar .* on http://127", output)
 
 
 # ---- errors at start
@@ -179,6 +193,12 @@ async def test_port_in_use_stops_the_start_with_one_line(launch: StartProcess) -
     assert port in errors
     assert "in use" in errors
     assert (status, process.lines) == (2, [])
+
+
+async def test_version_is_printed(launch: StartProcess) -> None:
+    process = await launch("--version")
+    out, _ = await process.process.communicate()
+    assert out.decode() == f"chat-sidecar {VERSION}\n"
 
 
 async def test_unknown_argument_is_rejected(launch: StartProcess) -> None:
