@@ -462,8 +462,10 @@ def configure_logging(level: str) -> logging.Logger:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # uvicorn warns of every malformed request; telemetry logs them.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # Not in any line, and looked up for each otherwise.
+    # What logging would look up for each line, though none contains it (Logging HOWTO,
+    # "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     log = logging.getLogger("chat_sidecar")
     log.setLevel(level.upper())
     return log

@@ -274,12 +274,12 @@ class EventStream(Sink):
             self.report.wait_seconds += self._now() - self._waiting_since
         self._end_pause()
         try:
-            with anyio.fail_after(FINISH_SECONDS, shield=True):
+            with anyio.CancelScope(shield=True, deadline=self._now() + FINISH_SECONDS) as storing:
                 await self._on_finish("".join(self._chunks), end)
-        except TimeoutError:
-            end = ServiceError("state_unavailable", NOT_STORED)
         except Exception as error:
             end = to_service_error(error)
+        if storing.cancelled_caught:
+            end = ServiceError("state_unavailable", NOT_STORED)
         self._end = end
         if self._disconnect is None:
             await self._send_terminal_event(end)
@@ -295,15 +295,22 @@ class EventStream(Sink):
             # The error is raised and gets an HTTP status of its own.
             return
         body = escape_line_separators(b"data: " + to_json(event) + b"\n\n")
-        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
+        if self._state is State.OPEN and not self._connection.paused:
+            # Sending does not suspend, so it needs no deadline.
+            await self._send_last(body)
+            return
+        deadline = self._now() + self._settings.write_timeout_seconds
+        with anyio.CancelScope(shield=True, deadline=deadline) as writing:
             if self._opening is None:
-                self._held.clear()
                 await self._open()
             else:
                 await asyncio.wait((self._opening,))
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+            await self._send_last(body)
         if writing.cancelled_caught:
             self.abort("client_stalled")
+
+    async def _send_last(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _fill_report(self, end: End) -> None:
         report = self.report
