@@ -486,11 +486,6 @@ def log_start(log: logging.Logger, settings: Settings, url: str) -> None:
     }
     summary = ", ".join(f"{name} {fields[name]}" for name in list(fields)[2:])
     log.info(f"chat-sidecar {VERSION} on {url}, {summary}", extra={"fields": fields})
-    if settings.default_provider_name == "mock":
-        log.warning(
-            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
-            " OpenAI."
-        )
 
 
 def main() -> None:

@@ -363,7 +363,10 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
     if settings.default_provider_name == "mock":
-        yield "Using the mock provider, which calls no model; set OPENAI_API_KEY to use OpenAI"
+        yield (
+            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
+            " OpenAI"
+        )
 
 
 def _prefix(provider: str) -> str:
