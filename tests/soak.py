@@ -21,8 +21,8 @@ import anyio
 import h11
 
 from tests.client import Client
-from tests.conftest import Running, running_service
-from tests.faults import ending, open_files, outcome, settings
+from tests.conftest import RunningService, running_service
+from tests.faults import count_open_files, get_outcome, provider_env, read_to_end
 from tests.test_kill import running_process
 from tests.upstream import Connection, Upstream, delta, http_chunk, response, running_upstream
 
@@ -75,7 +75,7 @@ async def _play(request: Connection) -> None:
             with anyio.move_on_after(0.05):
                 await request.closed.wait()
                 return
-            await request.more(delta("lo", finish_reason="stop"), b"data: [DONE]\n\n")
+            await request.send_events(delta("lo", finish_reason="stop"), b"data: [DONE]\n\n")
             await request.send(b"0\r\n\r\n")
         case "resets":
             request.reset()
@@ -110,7 +110,7 @@ async def _play(request: Connection) -> None:
 class Soak:
     """The clients' side: how many chats ended how, as far as a client can know."""
 
-    app: Running
+    app: RunningService
     seed: int
     counts: Counter[str] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
@@ -143,15 +143,15 @@ class Soak:
                 b"content-type: application/json\r\n\r\n{"
             )
             reply = await client.head()
-            _, last = await ending(reply)
-            self.note("half a body", reply.status, outcome(last), {"request_timeout"})
+            _, last = await read_to_end(reply)
+            self.note("half a body", reply.status, get_outcome(last), {"request_timeout"})
             return False
         try:
             with anyio.move_on_after(draw.random() * 0.1 if manner == "leaves" else None) as stay:
                 reply = await client.chat(fault, session_id=session)
                 if manner == "slow":
                     await anyio.sleep(draw.random())
-                _, last = await ending(reply)
+                _, last = await read_to_end(reply)
         except (ConnectionError, h11.RemoteProtocolError, AssertionError) as error:
             # Cut, as one who does not read is; else it is a defect.
             if manner != "slow":
@@ -162,7 +162,7 @@ class Soak:
             self.counts["left"] += 1
             return False
         # A session of a client that left a moment ago may still be being stored.
-        self.note(fault, reply.status, outcome(last), {*FAULTS[fault], "session_busy"})
+        self.note(fault, reply.status, get_outcome(last), {*FAULTS[fault], "session_busy"})
         return reply.ended and reply.headers.get("connection") != "close"
 
     def note(self, fault: str, status: int, ended: str, expected: set[str]) -> None:
@@ -195,7 +195,7 @@ NOISE_KIB = 32 * 1024
 
 def here() -> Counts:
     """What a service in this process holds."""
-    return {"tasks": len(asyncio.all_tasks()), "descriptors": open_files()}
+    return {"tasks": len(asyncio.all_tasks()), "descriptors": count_open_files()}
 
 
 def there(process: int) -> Counts:
@@ -205,7 +205,7 @@ def there(process: int) -> Counts:
     return {"descriptors": files, "KiB": pages * os.sysconf("SC_PAGE_SIZE") // 1024}
 
 
-async def settled(app: Running, measure: Callable[[], Counts]) -> Counts:
+async def settled(app: RunningService, measure: Callable[[], Counts]) -> Counts:
     """What is held once nothing runs any more."""
     for client in app.clients:
         client.disconnect()
@@ -225,7 +225,9 @@ class Size:
     seed: int
 
 
-async def soak(app: Running, provider: Upstream, size: Size, measure: Callable[[], Counts]) -> str:
+async def soak(
+    app: RunningService, provider: Upstream, size: Size, measure: Callable[[], Counts]
+) -> str:
     """Raises AssertionError at the first thing that is not as it should be; else what was seen."""
     started = time.monotonic()
     soaking = Soak(app, size.seed)
@@ -259,7 +261,7 @@ async def soak(app: Running, provider: Upstream, size: Size, measure: Callable[[
 
 
 def environment(upstream: Upstream, patience: float) -> dict[str, str]:
-    return {**settings(upstream.url), **LIMITS, **dict.fromkeys(WAITS, str(patience))}
+    return {**provider_env(upstream.url), **LIMITS, **dict.fromkeys(WAITS, str(patience))}
 
 
 async def soak_here(size: Size, patience: float) -> str:

@@ -18,7 +18,7 @@ from server import Drain
 from service import create_app
 from settings import from_env
 from tests.client import CANARY, JSON, Client
-from tests.conftest import PATIENCE_SECONDS, StartUpstream, run_lifespan
+from tests.conftest import TIMEOUT_SECONDS, StartUpstream, run_lifespan
 from tests.test_architecture import MODULES
 from tests.test_telemetry import a_log
 from tests.upstream import Connection, delta, event, http_chunk, response
@@ -134,7 +134,7 @@ async def test_no_key_and_no_message_leaves_the_process(
         answers = await answers_to_all(url)
         assert children(process.pid) == ""
         process.send_signal(signal.SIGABRT)
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             out, crash = await process.communicate()
     finally:
         if process.returncode is None:

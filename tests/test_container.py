@@ -35,7 +35,7 @@ from tests.container import (
     refused,
     running,
 )
-from tests.faults import ending, outcome, settings
+from tests.faults import get_outcome, provider_env, read_to_end
 from tests.test_deploy import COMPOSE, compose_sidecar, pod_sidecar
 from tests.upstream import DONE, END, Connection, delta, running_upstream
 
@@ -88,7 +88,7 @@ class Held:
     async def script(self, request: Connection) -> None:
         await request.stream(delta("Hel"))
         await self.go.wait()
-        await request.more(delta("lo"), delta(finish_reason="stop"), DONE)
+        await request.send_events(delta("lo"), delta(finish_reason="stop"), DONE)
         await request.send(END)
 
 
@@ -102,8 +102,8 @@ async def ask(container: Container, session_id: str = "demo") -> Response:
 
 async def asked(container: Container) -> tuple[str, str]:
     """The text of an answer, and how it ended."""
-    text, last = await ending(await ask(container))
-    return text, outcome(last)
+    text, last = await read_to_end(await ask(container))
+    return text, get_outcome(last)
 
 
 async def get(container: Container, path: str) -> Response:
@@ -195,7 +195,7 @@ async def test_the_health_check_tells_whether_it_is_ready(image: Image, data: Pa
     held = Held()
     async with (
         running_upstream(held.script) as upstream,
-        running(image, data, settings(upstream.url)) as container,
+        running(image, data, provider_env(upstream.url)) as container,
     ):
         assert await container.execute(*image.healthcheck) == (0, "")
         reply = await ask(container)
@@ -205,7 +205,7 @@ async def test_the_health_check_tells_whether_it_is_ready(image: Image, data: Pa
         assert code == 1
         assert said.startswith("Not ready")
         held.go.set()
-        assert outcome((await ending(reply))[1]) == "done"
+        assert get_outcome((await read_to_end(reply))[1]) == "done"
         assert await container.ended() == 0
 
 
@@ -216,7 +216,7 @@ async def test_200_answers_at_once_and_a_health_check_fit_into_128_mib(
     env = {"MAX_STREAMS_PER_CALLER": str(STREAMS)}
     async with (
         running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, memory=128 * MIB) as container,
+        running(image, data, {**provider_env(upstream.url), **env}, memory=128 * MIB) as container,
     ):
         replies = [await ask(container, f"demo-{number}") for number in range(STREAMS)]
         assert [(await reply.event())["chunk"] for reply in replies] == ["Hel"] * STREAMS
@@ -232,13 +232,13 @@ async def test_told_to_stop_it_ends_an_open_answer_with_a_word_and_itself_with_0
     env = {"DRAIN_SECONDS": "0.1"}
     async with (
         running_upstream(Held().script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}) as container,
+        running(image, data, {**provider_env(upstream.url), **env}) as container,
     ):
         reply = await ask(container)
         assert (await reply.event())["chunk"] == "Hel"
         container.stop()
-        text, last = await ending(reply)
-        assert (text, outcome(last)) == ("", "shutting_down")
+        text, last = await read_to_end(reply)
+        assert (text, get_outcome(last)) == ("", "shutting_down")
         assert await container.ended() == 0
         assert container.log[-1]["event"] == "Stopped"
 
@@ -247,7 +247,7 @@ async def test_conversations_outlive_it_also_on_a_machine_that_has_just_been_swi
     image: Image, data: Path
 ) -> None:
     async with running_upstream(hello) as upstream:
-        env = settings(upstream.url)
+        env = provider_env(upstream.url)
         years = ("--monotonic", "100000000", "--boottime", "100000000")
         async with running(image, data, env, clock=years) as container:
             assert await asked(container) == ("Hello", "done")
@@ -296,13 +296,15 @@ async def test_a_wall_clock_that_jumps_ends_sessions_and_nothing_else(
     env = {"RATE_LIMIT": "4/day", "FAKETIME_DONT_FAKE_MONOTONIC": "1", **clock.env}
     async with (
         running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, {"/mnt": clock.directory}) as app,
+        running(
+            image, data, {**provider_env(upstream.url), **env}, {"/mnt": clock.directory}
+        ) as app,
     ):
         reply = await ask(app)
         assert (await reply.event())["chunk"] == "Hel"
         clock.show("+2d")
         held.go.set()
-        assert (await ending(reply))[0] == "lo"
+        assert (await read_to_end(reply))[0] == "lo"
         # It was stored after the jump, so it lives on from there.
         assert (await get(app, "/api/v1/sessions/demo")).status == 200
         clock.show("+4d")
@@ -320,14 +322,16 @@ async def test_a_monotonic_clock_that_jumps_ends_answers_truly_and_gives_tokens_
     env = {"RATE_LIMIT": "1/hour", **clock.env}
     async with (
         running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, {"/mnt": clock.directory}) as app,
+        running(
+            image, data, {**provider_env(upstream.url), **env}, {"/mnt": clock.directory}
+        ) as app,
     ):
         reply = await ask(app)
         assert (await reply.event())["chunk"] == "Hel"
         assert (await ask(app)).status == 429
         clock.show("+2h")
         assert (await get(app, "/healthz")).status == 200
-        assert outcome((await ending(reply))[1]) == "upstream_timeout"
+        assert get_outcome((await read_to_end(reply))[1]) == "upstream_timeout"
         held.go.set()
         assert await asked(app) == ("Hello", "done")
 
@@ -398,7 +402,7 @@ async def test_the_provider_is_asked_by_a_proxy_and_known_by_a_private_authority
     async with running_upstream(hello, authority.tls) as upstream:
         port = int(upstream.url.rpartition(":")[2].removesuffix("/v1"))
         async with tunnel(port) as (proxy, names):
-            env = {**settings("https://provider.test/v1"), "HTTPS_PROXY": proxy}
+            env = {**provider_env("https://provider.test/v1"), "HTTPS_PROXY": proxy}
             trust = {"SSL_CERT_FILE": "/etc/private-ca.pem"} if trusted else {}
             mounts = {"/etc/private-ca.pem": authority.certificate}
             async with running(image, data, {**env, **trust}, mounts) as container:

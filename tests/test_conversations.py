@@ -11,7 +11,7 @@ import pytest
 
 from settings import SettingsError, from_env
 from tests.client import Response
-from tests.conftest import Running, StartService, StartUpstream, running_service
+from tests.conftest import RunningService, StartService, StartUpstream, running_service
 from tests.test_service import openai
 from tests.test_sessions import FAILURE_MODES as FAILURES
 from tests.test_sessions import UNKNOWN_ISSUED_ID as NOBODYS_GUESS
@@ -81,7 +81,7 @@ def stored_in(file: Path, **more: str) -> dict[str, str]:
 
 
 async def on_session(
-    app: Running, method: str, session_id: str, headers: Headers | None = None
+    app: RunningService, method: str, session_id: str, headers: Headers | None = None
 ) -> Response:
     """GET or DELETE, on a connection of its own."""
     client = await app.connect()
@@ -89,7 +89,7 @@ async def on_session(
 
 
 async def remembered(
-    app: Running, session_id: str, headers: Headers | None = None
+    app: RunningService, session_id: str, headers: Headers | None = None
 ) -> list[tuple[str, str, bool]]:
     reply = await on_session(app, "GET", session_id, headers)
     assert reply.status == 200
@@ -220,7 +220,7 @@ async def test_what_was_said_of_an_answer_that_was_cut_is_kept_as_it_stands(
         client.disconnect()
     else:
         assert (await reply.event())["status"] == "error"
-    await app.log.request()
+    await app.log.wait_for_request()
     cut = [("user", "Hi", True), ("assistant", "You sa", False)]
     assert await remembered(app, "mine") == cut
     await (await app.chat("Go on", session_id="mine")).events()
@@ -239,12 +239,12 @@ async def test_a_client_that_leaves_before_the_first_piece_leaves_a_session_with
     app = await service(**openai(provider.url, **stored_in(file)))
     client = await app.connect()
     asking = asyncio.create_task(client.chat("Hi", session_id="mine"))
-    await provider.request()
+    await provider.wait_for_request()
     assert await remembered(app, "mine") == []
     client.disconnect()
     await asyncio.wait([asking])
     assert asking.exception() is not None
-    assert (await app.log.request(1))["outcome"] == "client_disconnected"
+    assert (await app.log.wait_for_request(1))["outcome"] == "client_disconnected"
     assert await remembered(app, "mine") == []
     await (await app.chat("Hello?", session_id="mine")).events()
     assert provider.requests[1].body["messages"] == sent(("user", "Hello?", True))
@@ -291,7 +291,7 @@ async def test_whatever_a_provider_sends_an_answer_ends_once_and_its_session_is_
     app = await service(**openai(provider.url))
     client = await app.connect()
     reply = await client.chat("Hi", session_id="mine")
-    await app.log.request()
+    await app.log.wait_for_request()
     assert await app.metric("chat_active_streams") == 0
     assert (await app.chat("Hello?", session_id="mine")).status == 200
     if reply.status == 200:
@@ -363,7 +363,7 @@ async def test_a_session_that_ends_under_its_answer_gives_nothing_to_the_next_of
         db.execute("DELETE FROM session")
     await (await app.chat("new", session_id="mine")).events()
     assert provider.requests[1].body["messages"] == sent(("user", "new", True))
-    await provider.requests[0].more(delta(finish_reason="stop"), DONE)
+    await provider.requests[0].send_events(delta(finish_reason="stop"), DONE)
     await provider.requests[0].send(END)
     (end,) = await old.events()
     assert (end["status"], end["error"]["code"]) == ("error", "state_unavailable")
@@ -383,7 +383,7 @@ async def test_of_fifty_requests_at_once_in_one_session_one_is_answered_and_then
             assert await classify_error(reply) == (409, "session_busy")
     assert (await streaming.event())["chunk"] == "You sa"
     assert len(provider.requests) == 1
-    await provider.requests[0].more(delta(finish_reason="stop"), DONE)
+    await provider.requests[0].send_events(delta(finish_reason="stop"), DONE)
     await provider.requests[0].send(END)
     assert (await streaming.event())["status"] == "done"
     assert (await (await app.chat("next", session_id="mine")).events())[-1]["status"] == "done"
@@ -408,7 +408,7 @@ async def test_a_session_can_be_read_while_it_answers_and_deleted_afterwards(
     assert await classify_error(busy) == (409, "session_busy")
     client.disconnect()
     await provider.requests[1].closed.wait()
-    assert (await app.log.request(3))["outcome"] == "client_disconnected"
+    assert (await app.log.wait_for_request(3))["outcome"] == "client_disconnected"
     deleted = await on_session(app, "DELETE", session_id)
     assert (deleted.status, await deleted.body()) == (204, b"")
     for method in ("GET", "DELETE"):
@@ -441,7 +441,7 @@ def from_address(address: str) -> Headers:
     return {"x-forwarded-for": address}
 
 
-async def callers_service(service: StartService, provider: Upstream) -> Running:
+async def callers_service(service: StartService, provider: Upstream) -> RunningService:
     """One that knows keys and believes this machine's proxy."""
     keys = ",".join([*(f"{name}:{key}" for name, key in KEYS.items()), f"app:{ROTATED}"])
     return await service(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
-from tests.faults import STATUS, ending, level, outcome, scene
+from tests.faults import STATUS, expected_level, get_outcome, read_to_end, run_scenario
 from tests.upstream import (
     DONE,
     END,
@@ -64,15 +64,15 @@ async def check(fault: Fault, opening: bytes = b"", said: str = "") -> None:
             await begun.wait()
         await fault.script(request)
 
-    async with scene(
+    async with run_scenario(
         script, **{**fault.env, **({"HEARTBEAT_SECONDS": "0.2"} if said else {})}
     ) as play:
-        reply = await play.request()
+        reply = await play.chat()
         if said:
             assert (await reply.event())["chunk"] == said
             begun.set()
-        text, last = await ending(reply)
-        assert (said + text, outcome(last)) == (said, fault.outcome)
+        text, last = await read_to_end(reply)
+        assert (said + text, get_outcome(last)) == (said, fault.outcome)
         if fault.outcome != "done":
             assert reply.status == (200 if said else STATUS[fault.outcome])
             error = last["error"]
@@ -81,15 +81,15 @@ async def check(fault: Fault, opening: bytes = b"", said: str = "") -> None:
                 fault.retry_after,
             )
         if not fault.reusable:
-            await play.upstreams_closed()
-        assert await play.history() == ([(said, fault.outcome == "done")] if said else [])
-        line = await play.line()
+            await play.wait_for_upstreams_closed()
+        assert await play.read_responses() == ([(said, fault.outcome == "done")] if said else [])
+        line = await play.wait_for_log_line()
         ends = (line["outcome"], line["status"], line["level"])
-        assert ends == (fault.outcome, reply.status, level(fault.outcome))
+        assert ends == (fault.outcome, reply.status, expected_level(fault.outcome))
         [attempt] = line["attempts"]
         assert attempt["error"] == (None if fault.outcome == "done" else fault.outcome)
-        await play.nothing_held()
-        assert len(play.chats()) == 1
+        await play.assert_nothing_held()
+        assert len(play.chat_log_lines()) == 1
 
 
 # ---- no answer at all
@@ -323,17 +323,19 @@ async def test_an_answer_without_an_end_is_cut_at_4_mib(opening: tuple[bytes, ..
             await request.send(part)
             sent += len(part)
 
-    async with scene(flood) as play:
-        text, last = await ending(await play.request())
+    async with run_scenario(flood) as play:
+        text, last = await read_to_end(await play.chat())
         # After its finish the answer is whole, whatever else is sent.
-        assert outcome(last) in (("done", "upstream_error") if opening else ("upstream_error",))
+        assert get_outcome(last) in (("done", "upstream_error") if opening else ("upstream_error",))
         assert len(text) <= 2**22
-        await play.upstreams_closed()
+        await play.wait_for_upstreams_closed()
         # The sockets' own buffers, and no more, lie between what was sent and what was read.
         assert sent < 4 * 2**22
-        assert await play.history() == ([(text, outcome(last) == "done")] if text else [])
-        assert (await play.line())["outcome"] == outcome(last)
-        await play.nothing_held()
+        assert await play.read_responses() == (
+            [(text, get_outcome(last) == "done")] if text else []
+        )
+        assert (await play.wait_for_log_line())["outcome"] == get_outcome(last)
+        await play.assert_nothing_held()
 
 
 async def test_a_gap_is_noticed_however_long_the_heartbeat() -> None:
@@ -341,9 +343,9 @@ async def test_a_gap_is_noticed_however_long_the_heartbeat() -> None:
         await request.stream(delta("Hel"))
         await request.closed.wait()
 
-    async with scene(script, IDLE_TIMEOUT_SECONDS="0.1", HEARTBEAT_SECONDS="3600") as play:
-        text, last = await ending(await play.request())
-        assert (text, outcome(last)) == ("Hel", "upstream_timeout")
+    async with run_scenario(script, IDLE_TIMEOUT_SECONDS="0.1", HEARTBEAT_SECONDS="3600") as play:
+        text, last = await read_to_end(await play.chat())
+        assert (text, get_outcome(last)) == ("Hel", "upstream_timeout")
 
 
 # ---- an answer that is no stream
@@ -460,7 +462,7 @@ async def test_what_precedes_the_answer_proper_is_passed_over() -> None:
         await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
         await request.complete("Hel", "lo")
 
-    async with scene(script) as play:
-        text, last = await ending(await play.request())
-        assert (text, outcome(last)) == ("Hello", "done")
-        await play.nothing_held()
+    async with run_scenario(script) as play:
+        text, last = await read_to_end(await play.chat())
+        assert (text, get_outcome(last)) == ("Hello", "done")
+        await play.assert_nothing_held()

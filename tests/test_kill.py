@@ -24,7 +24,7 @@ from pathlib import Path
 import h11
 import pytest
 
-from tests.conftest import PATIENCE_SECONDS, Log, Running, StartUpstream
+from tests.conftest import TIMEOUT_SECONDS, Log, RunningService, StartUpstream
 from tests.test_conversations import answered, classify_error, on_session, remembered, repeat, sent
 from tests.test_service import openai
 from tests.upstream import DONE, END, Connection, delta
@@ -46,7 +46,7 @@ def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
 @asynccontextmanager
 async def running_process(
     file: Path, env: dict[str, str], program: Sequence[str] = ("-m", "service")
-) -> AsyncIterator[tuple[Running, asyncio.subprocess.Process]]:
+) -> AsyncIterator[tuple[RunningService, asyncio.subprocess.Process]]:
     """`python -m service`, listening. Killed at the end of the block if it still runs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -56,9 +56,9 @@ async def running_process(
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         line = json.loads(await process.stdout.readline())["event"]
-    running = Running(line.split()[2].rstrip(";"), Log())
+    running = RunningService(line.split()[2].rstrip(";"), Log())
     # Its log has to be read, or it would wait for that once the pipe is full.
     reading = asyncio.create_task(process.stdout.read())
     try:
@@ -76,7 +76,7 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-async def said_to_the_end(app: Running, message: str, session_id: str) -> str:
+async def said_to_the_end(app: RunningService, message: str, session_id: str) -> str:
     """The status of the answer's last event."""
     status: str = (await (await app.chat(message, session_id=session_id)).events())[-1]["status"]
     return status
@@ -140,7 +140,7 @@ class Talk:
     done: list[str] = field(default_factory=list)
     in_the_middle: bool = False
 
-    async def go_on(self, app: Running, heard: Callable[[], None]) -> None:
+    async def go_on(self, app: RunningService, heard: Callable[[], None]) -> None:
         """One message after the other, until the service dies."""
         with suppress(OSError, h11.RemoteProtocolError):
             while True:
@@ -156,7 +156,7 @@ class Talk:
                         assert event["status"] == "done"
                         self.done.append(message)
 
-    async def check(self, app: Running) -> None:
+    async def check(self, app: RunningService) -> None:
         """All that was done is remembered, of the last message all or nothing, and nothing else."""
         if self.session_id is None:
             return
@@ -198,12 +198,12 @@ async def test_whatever_a_client_was_told_is_done_outlives_a_kill_and_nothing_is
         """What `repeat` says, held until the next request comes: one is always in the middle."""
         after = len(provider.requests)
         await request.stream(delta("You"), delta(" said"))
-        await provider.request(after)
+        await provider.wait_for_request(after)
         if request.closed.is_set():
             return
         for word in request.body["messages"][-1]["content"].split(" "):
-            await request.more(delta(f" {word}"))
-        await request.more(delta(finish_reason="stop"), DONE)
+            await request.send_events(delta(f" {word}"))
+        await request.send_events(delta(finish_reason="stop"), DONE)
         await request.send(END)
 
     provider = await upstream(word_by_word)
@@ -222,7 +222,7 @@ async def test_whatever_a_client_was_told_is_done_outlives_a_kill_and_nothing_is
             talking = [Talk(f"t-{kill}-0"), Talk(f"t-{kill}-1"), Talk(None), Talk(None)]
             talking[:1] = talks[-4:-3] or talking[:1]
             heard = Countdown(dice.randrange(1, 200), dice.uniform(0, 0.005), process.kill)
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 await asyncio.gather(*(talk.go_on(app, heard) for talk in talking))
             assert await process.wait() == -signal.SIGKILL
         cut += any(talk.in_the_middle for talk in talking)

@@ -36,7 +36,7 @@ from server import Drain
 from service import create_app
 from settings import Rate, SettingsError, from_env
 from tests.client import CANARY
-from tests.conftest import Running, StartService, StartUpstream, raises
+from tests.conftest import RunningService, StartService, StartUpstream, raises
 from tests.redis_server import RedisServer, find_program, free_port, running_relay
 from tests.test_conversations import answered, classify_error, on_session, remembered, repeat
 from tests.test_ratelimit import Clock, gaps, rates
@@ -363,7 +363,7 @@ async def hold(request: Connection) -> None:
 
 async def finish(request: Connection) -> None:
     """End a stream that `hold` began."""
-    await request.more(delta("it"), delta(finish_reason="stop"), DONE)
+    await request.send_events(delta("it"), delta(finish_reason="stop"), DONE)
     await request.send(END)
 
 
@@ -387,7 +387,7 @@ async def test_chat_request_makes_at_most_three_round_trips(
     assert trips == [["EVAL"] * 3, ["EVAL"] * 2]
 
 
-async def expect_unavailable(app: Running) -> None:
+async def expect_unavailable(app: RunningService) -> None:
     """Check the responses of all routes while Redis does not respond."""
     reply = await app.chat("lost", session_id="mine")
     assert reply.headers["retry-after"] == "1"
@@ -442,7 +442,7 @@ async def test_service_recovers_after_redis_was_paused(
     running = await app.chat("cut", session_id="other")
     async with own_redis.paused(5.0):
         await asyncio.gather(*(expect_unavailable(app) for _ in range(20)))
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         ended = (await running.events())[-1]
         assert ended["error"]["code"] == "state_unavailable"
     provider.script = repeat
@@ -461,7 +461,7 @@ async def test_full_redis_rejects_chats_and_lets_running_ones_end(
             reply = await app.chat("lost", session_id="other")
             assert reply.headers["retry-after"] == "1"
             assert await classify_error(reply) == (503, "state_unavailable")
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         assert (await running.events())[-1]["status"] == "done"
     provider.script = repeat
     assert await outcome(app.chat("next", session_id="mine")) == "done"

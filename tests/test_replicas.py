@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.client import Response
-from tests.conftest import Log, Running, StartUpstream
+from tests.conftest import Log, RunningService, StartUpstream
 from tests.redis_server import RedisServer, find_program, free_port
 from tests.test_conversations import answered, classify_error, on_session, repeat, sent
 from tests.test_kill import running_process
@@ -48,8 +48,8 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 class Replicas:
     """A load balancer and the replicas behind it."""
 
-    balancer: Running
-    services: list[Running]
+    balancer: RunningService
+    services: list[RunningService]
     processes: list[Process]
 
     async def chat(self, message: str, session_id: str | None = "mine") -> Response:
@@ -73,7 +73,7 @@ class Replicas:
 
 
 @asynccontextmanager
-async def running_balancer(directory: Path, urls: list[str]) -> AsyncIterator[Running]:
+async def running_balancer(directory: Path, urls: list[str]) -> AsyncIterator[RunningService]:
     """Run nginx with the configuration from deploy/ before the services at `urls`."""
     port = free_port()
     text = NGINX.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ async def running_balancer(directory: Path, urls: list[str]) -> AsyncIterator[Ru
     process = await asyncio.create_subprocess_exec(
         find_program("nginx"), "-p", directory, "-c", config, "-e", "stderr"
     )
-    running = Running(f"http://127.0.0.1:{port}", Log())
+    running = RunningService(f"http://127.0.0.1:{port}", Log())
     while True:
         with suppress(ConnectionRefusedError):
             (await running.connect()).disconnect()
@@ -204,7 +204,7 @@ async def test_replica_that_stalled_past_its_lease_stores_nothing(
         provider.script = repeat
         await other.complete("stored")
         replicas.processes[0].send_signal(signal.SIGCONT)
-        await finish(await provider.request())
+        await finish(await provider.wait_for_request())
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
         assert await replicas.stored_messages() == answered("stored")

@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.faults import STATUS, ending, level, outcome, scene
+from tests.faults import STATUS, expected_level, get_outcome, read_to_end, run_scenario
 from tests.upstream import Connection, Script, event, response
 
 slow = pytest.mark.slow
@@ -88,16 +88,16 @@ def after(seconds: float) -> str:
     ],
 )
 async def test_what_may_pass_is_tried_again(failure: Script) -> None:
-    async with scene(in_turn(failure, answer), MAX_RETRIES="2") as play:
-        text, last = await ending(await play.request())
-        assert (text, outcome(last)) == ("Hello", "done")
+    async with run_scenario(in_turn(failure, answer), MAX_RETRIES="2") as play:
+        text, last = await read_to_end(await play.chat())
+        assert (text, get_outcome(last)) == ("Hello", "done")
         ids = [request.headers["x-client-request-id"] for request in play.upstream.requests]
         assert ids == [last["id"], f"{last['id']}-2"]
-        assert await play.history() == [("Hello", True)]
-        first, second = (await play.line())["attempts"]
+        assert await play.read_responses() == [("Hello", True)]
+        first, second = (await play.wait_for_log_line())["attempts"]
         assert first["error"] in STATUS
         assert second["error"] is None
-        await play.nothing_held()
+        await play.assert_nothing_held()
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ async def test_what_may_pass_is_tried_again(failure: Script) -> None:
 async def test_what_will_not_pass_is_not_tried_again(failure: Script, code: str) -> None:
     time = "0.3" if failure is silence else "30"
     limits = {"MAX_RETRIES": "2", "FIRST_TOKEN_TIMEOUT_SECONDS": time}
-    async with scene(failure, **limits) as play:
-        reply = await play.request()
-        _, last = await ending(reply)
-        assert (reply.status, outcome(last)) == (STATUS[code], code)
+    async with run_scenario(failure, **limits) as play:
+        reply = await play.chat()
+        _, last = await read_to_end(reply)
+        assert (reply.status, get_outcome(last)) == (STATUS[code], code)
         assert len(play.upstream.requests) == 1
-        assert [each["error"] for each in (await play.line())["attempts"]] == [code]
-        assert await play.history() == []
-        await play.nothing_held()
+        assert [each["error"] for each in (await play.wait_for_log_line())["attempts"]] == [code]
+        assert await play.read_responses() == []
+        await play.assert_nothing_held()
 
 
 async def test_nothing_is_tried_again_after_the_first_piece() -> None:
@@ -149,26 +149,26 @@ async def test_nothing_is_tried_again_after_the_first_piece() -> None:
         await begun.wait()
         request.reset()
 
-    async with scene(script, script, MAX_RETRIES="2", FALLBACK_MODELS="b/m") as play:
-        reply = await play.request()
+    async with run_scenario(script, script, MAX_RETRIES="2", FALLBACK_MODELS="b/m") as play:
+        reply = await play.chat()
         await reply.event()
         begun.set()
-        _, last = await ending(reply)
-        assert outcome(last) == "upstream_error"
+        _, last = await read_to_end(reply)
+        assert get_outcome(last) == "upstream_error"
         assert [len(each.requests) for each in play.upstreams] == [1, 0]
-        assert await play.history() == [("Hel", False)]
-        await play.nothing_held()
+        assert await play.read_responses() == [("Hel", False)]
+        await play.assert_nothing_held()
 
 
 @pytest.mark.parametrize("retries", [0, pytest.param(3, marks=slow)])
 async def test_no_more_than_max_retries_follow(retries: int) -> None:
-    async with scene(status(503, RETRY_NOW), MAX_RETRIES=str(retries)) as play:
-        _, last = await ending(await play.request())
-        assert outcome(last) == "upstream_unavailable"
+    async with run_scenario(status(503, RETRY_NOW), MAX_RETRIES=str(retries)) as play:
+        _, last = await read_to_end(await play.chat())
+        assert get_outcome(last) == "upstream_unavailable"
         ids = [request.headers["x-client-request-id"] for request in play.upstream.requests]
         assert ids == [last["id"], *(f"{last['id']}-{n}" for n in range(2, retries + 2))]
-        assert len((await play.line())["attempts"]) == retries + 1
-        await play.nothing_held()
+        assert len((await play.wait_for_log_line())["attempts"]) == retries + 1
+        await play.assert_nothing_held()
 
 
 @pytest.mark.parametrize("code", [408, 409, 500, 502, 504])
@@ -176,26 +176,26 @@ async def test_no_more_than_max_retries_follow(retries: int) -> None:
 async def test_every_failure_that_names_its_wait_is_waited_for_so_long(code: int) -> None:
     # A wait that does not fit is not waited for, whatever the status: one attempt, at once.
     script = status(code, "retry-after: 3600")
-    async with scene(script, MAX_RETRIES="2") as play:
-        _, last = await ending(await play.request())
-        assert outcome(last) == "upstream_error"
+    async with run_scenario(script, MAX_RETRIES="2") as play:
+        _, last = await read_to_end(await play.chat())
+        assert get_outcome(last) == "upstream_error"
         assert len(play.upstream.requests) == 1
 
 
 async def test_a_client_that_leaves_in_the_wait_for_a_retry_ends_it() -> None:
-    async with scene(status(503, "retry-after: 20"), MAX_RETRIES="2") as play:
+    async with run_scenario(status(503, "retry-after: 20"), MAX_RETRIES="2") as play:
         client = await play.app.connect()
         asking = asyncio.ensure_future(client.chat(session_id="mine"))
-        await play.upstream.request()
+        await play.upstream.wait_for_request()
         while not await play.app.metric("chat_active_streams"):
             pass
         asking.cancel()
         client.disconnect()
-        line = await play.line()
+        line = await play.wait_for_log_line()
         assert line["outcome"] == "client_disconnected"
         assert [each["error"] for each in line["attempts"]] == ["upstream_unavailable"]
         assert len(play.upstream.requests) == 1
-        await play.nothing_held()
+        await play.assert_nothing_held()
 
 
 # ---- no way to the provider
@@ -264,17 +264,17 @@ async def test_a_provider_that_can_not_be_reached_is_answered_for(
     limits = {"CONNECT_TIMEOUT_SECONDS": "2", "FIRST_TOKEN_TIMEOUT_SECONDS": "10"}
     async with (
         way(tmp_path) as url,
-        scene(answer, OPENAI_BASE_URL=url, MAX_RETRIES="1", **limits) as play,
+        run_scenario(answer, OPENAI_BASE_URL=url, MAX_RETRIES="1", **limits) as play,
     ):
-        reply = await play.request()
-        _, last = await ending(reply)
-        assert (reply.status, outcome(last)) == (STATUS[code], code)
+        reply = await play.chat()
+        _, last = await read_to_end(reply)
+        assert (reply.status, get_outcome(last)) == (STATUS[code], code)
         assert last["error"]["retryable"]
         assert play.upstream.requests == []
-        line = await play.line()
+        line = await play.wait_for_log_line()
         assert (line["outcome"], line["level"]) == (code, "warning")
         assert [each["error"] for each in line["attempts"]] == [code, code]
-        await play.nothing_held()
+        await play.assert_nothing_held()
 
 
 @pytest.mark.parametrize(("way", "code"), WAYS)
@@ -282,11 +282,17 @@ async def test_a_provider_that_can_not_be_reached_is_replaced(
     way: Way, code: str, tmp_path: Path
 ) -> None:
     limits = {"CONNECT_TIMEOUT_SECONDS": "2", "FALLBACK_MODELS": "b/m"}
-    async with way(tmp_path) as url, scene(answer, answer, OPENAI_BASE_URL=url, **limits) as play:
-        text, last = await ending(await play.request())
-        assert (text, outcome(last)) == ("Hello", "done")
-        assert [each["error"] for each in (await play.line())["attempts"]] == [code, None]
-        await play.nothing_held()
+    async with (
+        way(tmp_path) as url,
+        run_scenario(answer, answer, OPENAI_BASE_URL=url, **limits) as play,
+    ):
+        text, last = await read_to_end(await play.chat())
+        assert (text, get_outcome(last)) == ("Hello", "done")
+        assert [each["error"] for each in (await play.wait_for_log_line())["attempts"]] == [
+            code,
+            None,
+        ]
+        await play.assert_nothing_held()
 
 
 @pytest.mark.parametrize("end", [hang_up, pytest.param(reset, marks=slow)])
@@ -299,14 +305,14 @@ async def test_a_connection_that_the_provider_closed_while_idle_is_not_used_agai
         await request.complete("Hel", "lo")
         closing.append(request)
 
-    async with scene(script) as play:
-        await ending(await play.request())
+    async with run_scenario(script) as play:
+        await read_to_end(await play.chat())
         await end(closing[0])
         await closing[0].closed.wait()
-        text, last = await ending(await play.request())
-        assert (text, outcome(last)) == ("Hello", "done")
+        text, last = await read_to_end(await play.chat())
+        assert (text, get_outcome(last)) == ("Hello", "done")
         assert play.upstream.connections == 2
-        await play.nothing_held()
+        await play.assert_nothing_held()
 
 
 # ---- failover
@@ -383,30 +389,30 @@ QUICK = {"one_fails", "silence_leaves_time_for_the_others", "only_the_last_is_tr
     ],
 )
 async def test_a_failure_before_the_first_piece_goes_to_the_next_model(row: Row) -> None:
-    async with scene(*row.scripts, **FALLBACK, **row.env) as play:
-        reply = await play.request()
-        text, last = await ending(reply)
-        assert outcome(last) == row.outcome
+    async with run_scenario(*row.scripts, **FALLBACK, **row.env) as play:
+        reply = await play.chat()
+        text, last = await read_to_end(reply)
+        assert get_outcome(last) == row.outcome
         assert reply.status == (200 if row.outcome == "done" else STATUS[row.outcome])
         assert tuple(len(each.requests) for each in play.upstreams) == row.asked
-        line = await play.line()
+        line = await play.wait_for_log_line()
         assert [each["error"] for each in line["attempts"]] == row.errors
-        assert (line["outcome"], line["level"]) == (row.outcome, level(row.outcome))
+        assert (line["outcome"], line["level"]) == (row.outcome, expected_level(row.outcome))
         models = [each["model"] for each in line["attempts"]]
         order = ["openai/gpt-4o-mini", "b/m-b", "c/m-c"]
         assert models == order[: len(models)] + ["c/m-c"] * (len(models) - 3)
-        assert await play.history() == ([(text, True)] if row.outcome == "done" else [])
-        await play.nothing_held()
+        assert await play.read_responses() == ([(text, True)] if row.outcome == "done" else [])
+        await play.assert_nothing_held()
 
 
 async def test_done_names_the_model_that_answered() -> None:
     async def script(request: Connection) -> None:
         await request.stream(event({"choices": [{"delta": {"content": "Hi"}}]}))
-        await request.more(event({"choices": [{"delta": {}, "finish_reason": "stop"}]}))
+        await request.send_events(event({"choices": [{"delta": {}, "finish_reason": "stop"}]}))
         await request.send(b"0\r\n\r\n")
 
-    async with scene(status(500), script, FALLBACK_MODELS="b/m-b") as play:
-        _, last = await ending(await play.request())
+    async with run_scenario(status(500), script, FALLBACK_MODELS="b/m-b") as play:
+        _, last = await read_to_end(await play.chat())
         assert last["model"] == "m-b"
         assert play.upstreams[1].requests[0].body["model"] == "m-b"
         assert "authorization" not in play.upstreams[1].requests[0].headers
@@ -414,16 +420,16 @@ async def test_done_names_the_model_that_answered() -> None:
 
 async def test_a_mock_that_is_asked_for_never_fails_over() -> None:
     models = {"MODELS": "gpt-4o-mini,mock/*", "FALLBACK_MODELS": "openai/gpt-4o-mini"}
-    async with scene(answer, **models) as play:
-        _, last = await ending(await play.request(model_id="mock/error"))
-        assert outcome(last) == "upstream_error"
+    async with run_scenario(answer, **models) as play:
+        _, last = await read_to_end(await play.chat(model_id="mock/error"))
+        assert get_outcome(last) == "upstream_error"
         assert play.upstream.requests == []
-        await play.nothing_held()
+        await play.assert_nothing_held()
 
 
 async def test_a_mock_may_be_the_last_to_answer() -> None:
-    async with scene(hang_up, FALLBACK_MODELS="mock/echo") as play:
-        text, last = await ending(await play.request())
-        assert (outcome(last), last["model"]) == ("done", "mock/echo")
-        assert await play.history() == [(text, True)]
-        await play.nothing_held()
+    async with run_scenario(hang_up, FALLBACK_MODELS="mock/echo") as play:
+        text, last = await read_to_end(await play.chat())
+        assert (get_outcome(last), last["model"]) == ("done", "mock/echo")
+        assert await play.read_responses() == [(text, True)]
+        await play.assert_nothing_held()

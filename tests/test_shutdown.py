@@ -20,8 +20,8 @@ import pytest
 import errors
 from server import Drain
 from tests.client import Client
-from tests.conftest import PATIENCE_SECONDS
-from tests.faults import ending, outcome, settings, small_client
+from tests.conftest import TIMEOUT_SECONDS
+from tests.faults import connect_slow_client, get_outcome, provider_env, read_to_end
 from tests.upstream import (
     DONE,
     END,
@@ -105,7 +105,7 @@ class Running:
 async def process(script: Script, tmp_path: Path, **env: str) -> AsyncIterator[Running]:
     file = tmp_path / "chat.db"
     async with running_upstream(script) as upstream, AsyncExitStack() as stack:
-        given = {**settings(upstream.url), "PORT": "0", "STATE_URL": f"sqlite:///{file}", **env}
+        given = {**provider_env(upstream.url), "PORT": "0", "STATE_URL": f"sqlite:///{file}", **env}
         # What coverage needs to measure a child.
         inherited = {name: os.environ[name] for name in os.environ if name.startswith("COV")}
         child = await asyncio.create_subprocess_exec(
@@ -116,7 +116,7 @@ async def process(script: Script, tmp_path: Path, **env: str) -> AsyncIterator[R
             stderr=PIPE,
         )
         try:
-            with anyio.fail_after(2 * PATIENCE_SECONDS):
+            with anyio.fail_after(2 * TIMEOUT_SECONDS):
                 assert child.stdout is not None
                 first = json.loads(await child.stdout.readline())
                 url = first["event"].removeprefix("Listening on ").partition(";")[0]
@@ -169,7 +169,7 @@ async def test_where_nothing_runs_it_ends_at_once(sign: signal.Signals, tmp_path
         await (await idle.request("GET", "/healthz")).body()
         service.stop(sign)
         await service.ended()
-        await idle.closed()
+        await idle.wait_closed()
 
 
 async def test_an_answer_that_ends_in_time_is_done(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ async def test_an_answer_that_ends_in_time_is_done(tmp_path: Path) -> None:
     async def script(request: Connection) -> None:
         await request.stream(delta("Hel"))
         await going.wait()
-        await request.more(delta("lo", finish_reason="stop"), DONE)
+        await request.send_events(delta("lo", finish_reason="stop"), DONE)
         await request.send(END)
 
     async with process(script, tmp_path, DRAIN_SECONDS="3600") as service:
@@ -186,8 +186,8 @@ async def test_an_answer_that_ends_in_time_is_done(tmp_path: Path) -> None:
         assert (await reply.event())["chunk"] == "Hel"
         await service.stopping()
         going.set()
-        text, last = await ending(reply)
-        assert (text, outcome(last)) == ("lo", "done")
+        text, last = await read_to_end(reply)
+        assert (text, get_outcome(last)) == ("lo", "done")
         await service.ended()
         assert service.turns() == [("Hello", True)]
         assert service.outcomes() == ["done"]
@@ -204,12 +204,12 @@ async def test_while_it_drains_new_chats_and_readyz_are_refused(tmp_path: Path) 
             await reply.body()
         late = await (await service.connect()).chat()
         assert (late.status, late.headers["connection"]) == (503, "close")
-        assert (late.headers["retry-after"], outcome((await ending(late))[1])) == (
+        assert (late.headers["retry-after"], get_outcome((await read_to_end(late))[1])) == (
             "1",
             "shutting_down",
         )
         service.stop()
-        assert outcome((await ending(running))[1]) == "shutting_down"
+        assert get_outcome((await read_to_end(running))[1]) == "shutting_down"
         await service.ended()
         assert len(service.upstream.requests) == 1
 
@@ -231,8 +231,8 @@ async def test_an_answer_that_does_not_end_is_told_and_kept(
         await service.stopping()
         if again is not None:
             service.stop(again)
-        text, last = await ending(reply)
-        assert (text, outcome(last), last["error"]["retryable"]) == ("", "shutting_down", True)
+        text, last = await read_to_end(reply)
+        assert (text, get_outcome(last), last["error"]["retryable"]) == ("", "shutting_down", True)
         await service.ended()
         assert service.turns() == [("Hel", False)]
         assert service.outcomes() == ["shutting_down"]
@@ -254,12 +254,12 @@ async def test_an_answer_that_has_not_begun_has_the_status_503(
     async with process(script, tmp_path, **limits) as service:
         client = await service.connect()
         asking = asyncio.ensure_future(client.chat())
-        await service.upstream.request()
+        await service.upstream.wait_for_request()
         service.stop()
         reply = await asking
         assert (reply.status, reply.headers["connection"]) == (503, "close")
-        assert outcome((await ending(reply))[1]) == "shutting_down"
-        await client.closed()
+        assert get_outcome((await read_to_end(reply))[1]) == "shutting_down"
+        await client.wait_closed()
         await service.ended()
         assert service.turns() == []
         assert service.outcomes() == ["shutting_down"]
@@ -284,8 +284,8 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
         service.stop()
         reply = await client.head()
         assert (reply.status, reply.headers["connection"]) == (503, "close")
-        assert outcome((await ending(reply))[1]) == "shutting_down"
-        await client.closed()
+        assert get_outcome((await read_to_end(reply))[1]) == "shutting_down"
+        await client.wait_closed()
         await service.ended()
         assert service.outcomes() == ["shutting_down"]
 
@@ -293,7 +293,7 @@ async def test_a_body_that_is_still_on_its_way_has_the_status_503(tmp_path: Path
 async def test_a_client_that_never_reads_is_cut_in_the_end(tmp_path: Path) -> None:
     held_back = asyncio.Event()
     async with process(flood(held_back), tmp_path, **CUT_ALONE) as service:
-        client = service.held(await small_client(service.url))
+        client = service.held(await connect_slow_client(service.url))
         client.writer.write(CHAT)
         await held_back.wait()
         await service.stopping()
@@ -309,7 +309,7 @@ async def test_a_turn_that_is_being_stored_is_stored(tmp_path: Path) -> None:
     async def script(request: Connection) -> None:
         await request.stream(delta("Hel"))
         await going.wait()
-        await request.more(delta(finish_reason="stop"), DONE)
+        await request.send_events(delta(finish_reason="stop"), DONE)
         await request.closed.wait()
 
     async with process(script, tmp_path, DRAIN_SECONDS="3600") as service:
@@ -318,11 +318,11 @@ async def test_a_turn_that_is_being_stored_is_stored(tmp_path: Path) -> None:
         db = sqlite3.connect(service.file, isolation_level=None)
         db.execute("BEGIN IMMEDIATE")
         going.set()
-        await (await service.upstream.request()).closed.wait()
+        await (await service.upstream.wait_for_request()).closed.wait()
         service.stop()
         db.execute("ROLLBACK")
         db.close()
-        assert outcome((await ending(reply))[1]) == "done"
+        assert get_outcome((await read_to_end(reply))[1]) == "done"
         await service.ended()
         assert service.turns() == [("Hel", True)]
 
@@ -342,7 +342,7 @@ async def test_a_session_that_is_being_opened_is_given_back(tmp_path: Path) -> N
         db.close()
         reply = await asking
         assert (reply.status, reply.headers["connection"]) == (503, "close")
-        assert outcome((await ending(reply))[1]) == "shutting_down"
+        assert get_outcome((await read_to_end(reply))[1]) == "shutting_down"
         await service.ended()
         assert (service.turns(), service.upstream.requests) == ([], [])
 
@@ -358,11 +358,11 @@ async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
     env = {"DRAIN_SECONDS": "0.3", "FALLBACK_MODELS": "other,mock/echo"}
     async with process(script, tmp_path, **env) as service:
         asking = asyncio.ensure_future((await service.connect()).chat())
-        await service.upstream.request(1)
+        await service.upstream.wait_for_request(1)
         service.stop()
         reply = await asking
         assert reply.status == 503
-        assert outcome((await ending(reply))[1]) == "shutting_down"
+        assert get_outcome((await read_to_end(reply))[1]) == "shutting_down"
         await service.ended()
         [line] = [each for each in service.lines if each["event"] == "request"]
         made = [(each["model"], each["error"]) for each in line["attempts"]]
@@ -373,7 +373,7 @@ async def test_in_the_middle_of_a_failover_it_is_a_503(tmp_path: Path) -> None:
 async def test_a_client_that_reads_byte_by_byte_is_cut_and_its_text_kept(tmp_path: Path) -> None:
     held_back = asyncio.Event()
     async with process(flood(held_back), tmp_path, **CUT_ALONE) as service:
-        client = service.held(await small_client(service.url))
+        client = service.held(await connect_slow_client(service.url))
         client.writer.write(CHAT)
         await held_back.wait()
 
@@ -399,7 +399,7 @@ async def test_a_request_behind_an_answer_is_left_to_another_connection(
     async with process(script, tmp_path, DRAIN_SECONDS="0.3") as service:
         client = await service.connect()
         client.writer.write(CHAT * 2)
-        await service.upstream.request()
+        await service.upstream.wait_for_request()
         if script is hello:
             assert (await (await client.head()).event())["chunk"] == "Hel"
         await service.stopping()
@@ -419,7 +419,7 @@ async def test_a_turn_that_can_not_be_stored_in_the_end_is_told(tmp_path: Path) 
         db = sqlite3.connect(service.file, isolation_level=None)
         db.execute("BEGIN IMMEDIATE")
         await service.stopping()
-        assert outcome((await ending(reply))[1]) == "state_unavailable"
+        assert get_outcome((await read_to_end(reply))[1]) == "state_unavailable"
         await service.ended()
         db.close()
         assert service.turns() == []

@@ -101,7 +101,7 @@ async def test_a_callers_own_request_id_is_kept(asked: str) -> None:
         "x-request-id": asked,
         "x-content-type-options": "nosniff",
     }
-    assert (await handler.request())["request_id"] == asked
+    assert (await handler.wait_for_request())["request_id"] == asked
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ async def test_any_other_request_id_is_replaced(asked: str) -> None:
     sent = await call(RequestContext(hello, log, Metrics()), scope_of(x_request_id=asked))
     made = head_of(sent)["x-request-id"]
     assert re.fullmatch("req_[0-9a-f]{32}", made)
-    assert (await handler.request())["request_id"] == made
+    assert (await handler.wait_for_request())["request_id"] == made
 
 
 async def test_ids_that_are_made_are_of_128_random_bits(service: StartService) -> None:
@@ -170,7 +170,7 @@ async def test_every_answer_has_the_id_and_one_line_that_says_how_it_ended(
     assert reply.headers["x-content-type-options"] == "nosniff"
     if reply.headers["content-type"] == "application/json" and status >= 400:
         assert json.loads(content)["id"] == "mine"
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert len(app.log.requests()) == 1
     told = (line["request_id"], line["method"], line["status"], line["outcome"])
     assert told == ("mine", method, status, outcome)
@@ -190,7 +190,7 @@ async def test_a_defect_is_answered_500_with_the_id_and_logged_with_its_trace_al
     assert head_of(sent)["x-request-id"] == "mine"
     answer = json.loads(sent[1]["body"])
     assert (answer["error"]["code"], answer["id"]) == ("internal_error", "mine")
-    line = await handler.request()
+    line = await handler.wait_for_request()
     assert (line["level"], line["outcome"]) == ("error", "internal_error")
     assert "RuntimeError" in line["trace"]
     assert "raise RuntimeError(told)" in line["trace"]
@@ -210,7 +210,7 @@ async def test_what_breaks_outside_of_all_handlers_is_logged_with_its_trace_and_
     handler, log = a_log()
     sent = await call(RequestContext(broken, log, Metrics()), scope_of())
     assert len(sent) == (2 if status else 0)
-    line = await handler.request()
+    line = await handler.wait_for_request()
     assert (line["level"], line["status"]) == ("error", status)
     assert "ValueError" in line["trace"]
 
@@ -253,7 +253,7 @@ async def test_a_traceparent_is_kept_as_it_came_or_not_at_all(traceparent: str, 
     handler, log = a_log()
     await call(RequestContext(app, log, Metrics()), scope_of(traceparent=traceparent))
     assert seen == [traceparent if kept else None]
-    line = await handler.request()
+    line = await handler.wait_for_request()
     assert line.get("trace_id") == ("0af7651916cd43dd8448eb211c80319c" if kept else None)
 
 
@@ -275,7 +275,7 @@ async def test_a_line_tells_times_on_the_clock_it_was_given_and_what_the_handler
     sent = await call(app_in_context, scope_of("/somewhere", "POST", x_request_id="mine"))
     assert head_of(sent)["x-own"] == "1"
     assert head_of(sent)["x-more"] == "2"
-    line = await handler.request()
+    line = await handler.wait_for_request()
     assert datetime.fromisoformat(line.pop("time")).utcoffset() is not None
     assert line == {
         "level": "info",
@@ -303,7 +303,7 @@ async def test_a_chats_line_tells_who_asked_whom_and_what_came_of_it(
     client = await app.connect()
     reply = await client.chat("Sesame", {"traceparent": TRACEPARENT}, session_id="my-session")
     await reply.events()
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     expected = {
         "level": "info",
         "route": "/api/v1/chat",
@@ -354,7 +354,7 @@ async def test_time_in_which_a_body_is_waited_for_is_not_ours(
     assert b"100 Continue" in await client.reader.readline()
     if leaves:
         client.disconnect()
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert line["outcome"] == ("client_disconnected" if leaves else "request_timeout")
     assert leaves or line["overhead_ms"] <= line["ms"] - 100
     own = await app.metric('chat_overhead_seconds_sum{route="/api/v1/chat"}')
@@ -372,7 +372,7 @@ async def test_what_a_provider_calls_things_is_logged_as_a_name_or_not_at_all(
     provider = await upstream(script)
     app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     await (await app.chat()).events()
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     assert (line["outcome"], line["model"], line["finish_reason"]) == ("done", None, None)
     assert line["attempts"][0]["provider_request_id"] == "u" * 128
 
@@ -384,7 +384,7 @@ async def test_a_line_says_why_each_attempt_failed_in_the_end(service: StartServ
         OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=url, MAX_RETRIES="0", FALLBACK_MODELS="mock/error"
     )
     await (await app.chat()).body()
-    line = await app.log.request()
+    line = await app.log.wait_for_request()
     causes = [attempt["cause"] for attempt in line["attempts"]]
     assert causes == ["ConnectionRefusedError", None]
 
@@ -395,10 +395,10 @@ async def test_probes_and_scrapes_are_logged_for_debugging_only_while_they_succe
 ) -> None:
     app = await service()
     assert (await app.get(path)).status == 200
-    assert (await app.log.request())["level"] == "debug"
+    assert (await app.log.wait_for_request())["level"] == "debug"
     refused = await (await app.connect()).request("DELETE", path)
     assert refused.status == 405
-    assert (await app.log.request(1))["level"] == "info"
+    assert (await app.log.wait_for_request(1))["level"] == "info"
 
 
 # What never shows
@@ -573,7 +573,7 @@ async def test_a_chat_leaves_these_numbers(service: StartService, upstream: Star
     provider = await upstream(script)
     app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     await (await app.chat()).events()
-    await app.log.request()
+    await app.log.wait_for_request()
     found = series((await (await app.get("/metrics")).body()).decode())
     expected = {
         'chat_requests_total{outcome="done",route="/api/v1/chat",status="200"}': 1,
@@ -607,7 +607,7 @@ async def test_retries_and_failovers_are_counted_by_the_error_before_them(
     env = {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": provider.url, "FALLBACK_MODELS": "other"}
     app = await service(**env)
     await (await app.chat()).events()
-    await app.log.request()
+    await app.log.wait_for_request()
     found = series((await (await app.get("/metrics")).body()).decode(), "chat_further")
     assert found == {
         'chat_upstream_retries_total{error="upstream_error",kind="failover"}': 1,
@@ -681,7 +681,7 @@ async def test_token_counts_that_make_no_sense_spoil_neither_the_answer_nor_the_
     app = await service(OPENAI_API_KEY=CANARY, OPENAI_BASE_URL=provider.url)
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "Hi"
-    assert (await app.log.request())["outcome"] == "done"
+    assert (await app.log.wait_for_request())["outcome"] == "done"
     assert (await reply.event())["status"] == "done"
     assert await app.metric("chat_tokens_total") == 0
 
@@ -690,7 +690,7 @@ async def test_two_services_count_apart(service: StartService) -> None:
     one, two = await service(), await service()
     await (await one.chat()).events()
     requests = 'chat_requests_total{outcome="done",route="/api/v1/chat"'
-    await one.log.request()
+    await one.log.wait_for_request()
     assert (await one.metric(requests), await two.metric(requests)) == (1, 0)
 
 
