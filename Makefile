@@ -9,15 +9,17 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --re
 COMPILE := uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url
 
-# What is measured, each in an environment of its own, on a Python that is built for speed: Debian's
-# and the official images' are, one that pyenv compiled on the spot is a quarter slower.
-PEERS := service fastapi ferro litellm
+# The programs that `make bench` measures, each in its own environment. `litellm` is possible, too.
+PEERS ?= service 0.1.0 ferro fastapi
+# A Python built with profile-guided optimisation, as Debian's is: pyenv's is a quarter slower.
 BENCH_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
-# In a network of its own, for one of the peers listens on all interfaces.
+# The commit of version 0.1.0.
+BASELINE := 3da361a
+# A network namespace without other networks, because Ferro listens on all interfaces.
 ALONE := unshare $(if $(filter-out 0,$(shell id -u)),--map-root-user) --net sh -c \
 	'ip link set lo up && ulimit -n 8192 && exec "$$@"' bench
 
-.PHONY: help run test test-all soak fuzz bench bench-growth check rehearse audit openapi docs screenshots lock clean
+.PHONY: help run test test-all soak fuzz bench check rehearse audit openapi docs screenshots lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,11 +48,8 @@ soak: $(VENV)/dev ## 20,000 chats with faults, leavings and slow readers; over t
 fuzz: $(VENV)/dev ## malformed requests for five minutes
 	@$(BIN)/python -m tests.fuzz
 
-bench: $(VENV)/run $(PEERS:%=$(VENV)-bench/%/ready) ## the service beside its peers; 20 minutes; BENCH='--rounds 1 --cases burst'
+bench: $(VENV)/run $(PEERS:%=$(VENV)-bench/%/ready) ## measure the service beside its peers; 25 minutes; BENCH='--rounds 1 --loads burst'
 	@$(ALONE) $(BIN)/python -m bench $(BENCH)
-
-bench-growth: $(VENV)/run $(VENV)-bench/service/ready ## what more streams, sessions, callers cost; 4 minutes
-	@$(ALONE) $(BIN)/python -m bench.growth $(BENCH)
 
 check: $(VENV)/dev ## format, lint, types, and what deploy/ holds
 	@$(BIN)/ruff format --check .
@@ -80,7 +79,7 @@ lock: ## upgrade and lock the dependencies of pyproject.toml in requirements/; n
 	$(COMPILE) --group test-all -c requirements/run.txt -c requirements/dev.txt \
 		-o requirements/test-all.txt
 	$(COMPILE) --group audit -o requirements/audit.txt
-	for peer in $(filter-out service,$(PEERS)); do \
+	for peer in fastapi ferro litellm; do \
 		$(COMPILE) --group bench-$$peer -o requirements/bench-$$peer.txt || exit; done
 
 clean: ## remove what the commands above made
@@ -99,13 +98,19 @@ $(VENV)-audit/ready: requirements/audit.txt
 	@$(VENV)-audit/bin/python -m pip install --quiet --require-hashes -r requirements/audit.txt
 	@touch $@
 
+# --no-deps: the lock files are complete, and pip before 25 may resolve an extra to another version.
 define INSTALL_MEASURED
-@echo "Installing $(notdir $(@D)) to be measured ..."
+@echo "Installing $(notdir $(@D)) for the benchmark ..."
 @$(BENCH_PYTHON) -m venv $(@D)
-@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile \
-	-r $< && touch $@ || echo "$(notdir $(@D)) can't be installed, and will be reported missing."
+@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	--compile -r $(or $<,$(@D)/source/requirements.txt) && touch $@ \
+	|| { echo "Could not install $(notdir $(@D)); the benchmark omits it." && rm -r $(@D); }
 endef
 $(VENV)-bench/service/ready: requirements/run.txt
+	$(INSTALL_MEASURED)
+$(VENV)-bench/0.1.0/ready:
+	@mkdir -p $(@D)/source
+	@git archive $(BASELINE) | tar -x -C $(@D)/source || true
 	$(INSTALL_MEASURED)
 $(VENV)-bench/%/ready: requirements/bench-%.txt
 	$(INSTALL_MEASURED)
