@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import hypothesis
 import pytest
 from starlette.types import ASGIApp, Message
 
@@ -25,6 +26,11 @@ from tests.upstream import Script, Upstream, running_upstream
 # Only a hang takes this long, on the slowest machine too. Below pytest's faulthandler_timeout of
 # 60 s, so that the test fails instead of the run.
 TIMEOUT_SECONDS = 50.0
+# Hypothesis would report examples that are slow on a busy machine as failures.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
