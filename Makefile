@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # No packages come from anywhere but the locked files, and each is checked against its hash.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile
 
+COMPILE := uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url
+
 # What is measured, each in an environment of its own, on a Python that is built for speed: Debian's
 # and the official images' are, one that pyenv compiled on the spot is a quarter slower.
 PEERS := service fastapi ferro litellm
@@ -71,34 +74,29 @@ docs: openapi ## that, .env.example and the tables of the README
 screenshots: $(VENV)/all ## take the README's pictures of the page anew
 	@$(BIN)/python -m tests.screenshots
 
-lock: ## write requirements*.txt anew from pyproject.toml; needs uv
-	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url pyproject.toml -o requirements.txt
-	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --group test --group check -c requirements.txt -o requirements-dev.txt
-	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --group test-all -c requirements.txt -c requirements-dev.txt \
-		-o requirements-test-all.txt
-	uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --group audit -o requirements-audit.txt
+lock: ## upgrade and lock the dependencies of pyproject.toml in requirements/; needs uv
+	$(COMPILE) pyproject.toml -o requirements/run.txt
+	$(COMPILE) --group test --group check -c requirements/run.txt -o requirements/dev.txt
+	$(COMPILE) --group test-all -c requirements/run.txt -c requirements/dev.txt \
+		-o requirements/test-all.txt
+	$(COMPILE) --group audit -o requirements/audit.txt
 	for peer in $(filter-out service,$(PEERS)); do \
-		uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
-			--no-emit-index-url --group bench-$$peer -o bench/requirements-$$peer.txt; done
+		$(COMPILE) --group bench-$$peer -o requirements/bench-$$peer.txt || exit; done
 
 clean: ## remove what the commands above made
 	rm -rf $(VENV) $(VENV)-audit $(VENV)-bench sbom.cdx.json .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Each stamp is newer than its lock file once that is installed; a second call finds nothing to do.
-$(VENV)/run: requirements.txt
+$(VENV)/run: requirements/run.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "chat-sidecar needs Python 3.11 or newer; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked requirements into $(VENV) ..."
-	@$(INSTALL) -r requirements.txt
+	@$(INSTALL) -r requirements/run.txt
 	@touch $@
 
-$(VENV)-audit/ready: requirements-audit.txt
+$(VENV)-audit/ready: requirements/audit.txt
 	@$(PYTHON) -m venv $(VENV)-audit
-	@$(VENV)-audit/bin/python -m pip install --quiet --require-hashes -r requirements-audit.txt
+	@$(VENV)-audit/bin/python -m pip install --quiet --require-hashes -r requirements/audit.txt
 	@touch $@
 
 define INSTALL_MEASURED
@@ -107,17 +105,17 @@ define INSTALL_MEASURED
 @$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --compile \
 	-r $< && touch $@ || echo "$(notdir $(@D)) can't be installed, and will be reported missing."
 endef
-$(VENV)-bench/service/ready: requirements.txt
+$(VENV)-bench/service/ready: requirements/run.txt
 	$(INSTALL_MEASURED)
-$(VENV)-bench/%/ready: bench/requirements-%.txt
+$(VENV)-bench/%/ready: requirements/bench-%.txt
 	$(INSTALL_MEASURED)
 
-$(VENV)/dev: $(VENV)/run requirements-dev.txt
+$(VENV)/dev: $(VENV)/run requirements/dev.txt
 	@echo "Installing the test tools ..."
-	@$(INSTALL) -r requirements-dev.txt
+	@$(INSTALL) -r requirements/dev.txt
 	@touch $@
 
-$(VENV)/all: $(VENV)/dev requirements-test-all.txt
+$(VENV)/all: $(VENV)/dev requirements/test-all.txt
 	@echo "Installing what more test-all needs ..."
-	@$(INSTALL) -r requirements-test-all.txt
+	@$(INSTALL) -r requirements/test-all.txt
 	@touch $@

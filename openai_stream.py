@@ -1,7 +1,6 @@
-"""What OpenAI-compatible servers send: event streams, the chunks in them, errors.
+"""Parser for OpenAI-compatible streams: SSE decoder, Chat Completions chunks, error classification.
 
-Bytes in, chunks of text and errors out. No I/O, no clock, no task: everything here is reached by
-calling a method with bytes.
+Bytes in, text and errors out. There is no I/O, no clock and no task here.
 """
 
 import re
@@ -14,22 +13,22 @@ from pydantic_core import from_json
 
 from errors import ServiceError
 
-# Real events reach 40 KB (a tool's result); what never ends a line must not fill the memory.
+# Real events reach 40 KB (a tool's result). The limit bounds memory for a line that never ends.
 MAX_EVENT_BYTES = 2**20
 
-# A wait of more than a day is no wait but a broken clock.
+# A longer wait can only come from a wrong clock, and is ignored.
 MAX_WAIT_SECONDS = 86400
 
-# The chunks of text that arrived in one read; empty where there was only reasoning.
+# The text deltas of one read, in order. Empty if the read contained only reasoning.
 Chunks = list[str]
 
 
 class SSEDecoder:
-    """Bytes to events, as in WHATWG HTML 9.2.5 and 9.2.6, for the fields a chat stream uses.
+    """A decoder from bytes to server-sent events (WHATWG HTML 9.2.5 and 9.2.6).
 
-    `feed` takes bytes cut anywhere and returns the events they complete, as (event name, data). One
-    addition: llama-box reports failure in a bare line `error: {…}`, which the standard ignores and
-    which is returned as an event of the name `error`.
+    `feed` takes bytes split anywhere and returns the events they complete, as (name, data) pairs.
+    There is one extension: llama-box reports errors as a line `error: {...}`, which the standard
+    ignores. It is returned as an event named `error`.
     """
 
     def __init__(self) -> None:
@@ -42,30 +41,31 @@ class SSEDecoder:
         self._after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        # Lines end in LF, CR or CRLF and in nothing else: U+2028 is text. A CR at the end of a read
-        # ends its line at once; the LF that may follow belongs to it.
+        """Return the events that `data` completes."""
+        # Only LF, CR and CRLF end a line: U+2028 is text. A CR at the end of a read ends its line
+        # at once, and an LF at the start of the next read belongs to that CR.
         if self._after_cr and data:
             self._after_cr = False
             data = data.removeprefix(b"\n")
         if b"\r" in data:
             self._after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        ended, newline, rest = data.rpartition(b"\n")
+        complete, newline, rest = data.rpartition(b"\n")
         events: list[tuple[bytes, bytes]] = []
         if newline:
-            self._line += ended
+            self._line += complete
             lines = bytes(self._line).split(b"\n")
             if not self._started:
                 self._started = True
                 lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
             for line in lines:
-                self._take_line(line, events)
+                self._read_line(line, events)
             self._line.clear()
         self._line += rest
         self.too_large = self._size + len(self._line) > MAX_EVENT_BYTES
         return events
 
-    def _take_line(self, line: bytes, events: list[tuple[bytes, bytes]]) -> None:
+    def _read_line(self, line: bytes, events: list[tuple[bytes, bytes]]) -> None:
         if not line:
             if self._data:
                 events.append((self._name, b"\n".join(self._data)))
@@ -75,7 +75,7 @@ class SSEDecoder:
         value = value.removeprefix(b" ")
         if field == b"data":
             self._data.append(value)
-            # The line end counts, or lines without text would be free.
+            # The line end counts, or empty lines would cost memory without a limit.
             self._size += len(value) + 1
         elif field == b"event":
             self._name = value
@@ -84,11 +84,11 @@ class SSEDecoder:
 
 
 class CompletionParser:
-    """The events of a Chat Completions stream to chunks of text; what else they details is kept here.
+    """A parser from the bytes of a Chat Completions stream to chunks of text.
 
-    `feed` returns the chunks that some bytes completed, an empty list if they held reasoning alone,
-    None if they held nothing that shows progress. `error` is set at the first event that reports a
-    failure or makes no sense, `done` at [DONE]; what comes after either is not read.
+    `model`, `finish_reason` and `usage` are the last values that the provider sent. `error` is set
+    at the first event that is malformed or reports a failure, `done` at [DONE]. Events after either
+    are ignored.
     """
 
     def __init__(self) -> None:
@@ -100,8 +100,12 @@ class CompletionParser:
         self._decoder = SSEDecoder()
 
     def feed(self, data: bytes) -> Chunks | None:
+        """Return the chunks that `data` completes.
+
+        An empty list means reasoning without text. None means no progress.
+        """
         chunks: Chunks = []
-        alive = False
+        active = False
         for name, payload in self._decoder.feed(data):
             if self.done or self.error:
                 break
@@ -109,23 +113,22 @@ class CompletionParser:
             if not payload or self.done:
                 continue
             try:
-                alive |= self._take(name, from_json(payload, allow_inf_nan=False), chunks)
+                active |= self._read_event(name, from_json(payload, allow_inf_nan=False), chunks)
             except (ValueError, TypeError, AttributeError):
-                # Not JSON, or of another shape than a event; an error may be details in plain text.
-                self.error = ServiceError("upstream_error", "The provider's answer makes no sense.")
+                # Not JSON, or JSON of another shape. The data of an error event may be plain text.
+                self.error = ServiceError("upstream_error", "The provider sent a malformed stream.")
                 if name == b"error":
                     self.error = classify_error(500, payload.decode(errors="replace"))
         if self._decoder.too_large and not (self.done or self.error):
             self.error = ServiceError(
                 "upstream_error", "The provider sent an event of more than 1 MiB."
             )
-        return chunks if chunks or alive else None
+        return chunks if chunks or active else None
 
-    def _take(self, name: bytes, event: Any, chunks: Chunks) -> bool:
-        """Take what one event tells; true if it is a sign of life: text or reasoning.
+    def _read_event(self, name: bytes, event: Any, chunks: Chunks) -> bool:
+        """Append the event's text to `chunks`. Return whether it contained text or reasoning.
 
-        `event` is Any because it is a stranger's JSON; a shape that does not fit raises
-        AttributeError or TypeError, which `feed` answers for.
+        `event` is untrusted JSON. An unexpected shape raises AttributeError or TypeError.
         """
         if name == b"error" or event.get("error"):
             self.error = classify_error(500, event)
@@ -133,42 +136,42 @@ class CompletionParser:
         self.model = _typed(event.get("model"), str) or self.model
         usage = event.get("usage") or (event.get("x_groq") or {}).get("usage")
         self.usage = _typed(usage, dict) or self.usage
-        alive = False
+        active = False
         for choice in event.get("choices") or ():
-            # With n > 1 the others are not ours. The text that some repeat beside the delta
-            # (`message`, `text`) is not looked at.
+            # Only the first choice is read. Together and Perplexity repeat the text beside the
+            # delta, as `text` or `message`: that is ignored.
             if choice.get("index"):
                 continue
             self.finish_reason = _typed(choice.get("finish_reason"), str) or self.finish_reason
             delta = choice.get("delta") or {}
-            for content in (delta.get("content"), delta.get("classify_error")):
+            for content in (delta.get("content"), delta.get("refusal")):
                 if not content:
                     continue
-                alive = True
+                active = True
                 if isinstance(content, str):
                     chunks.append(content)
                 elif isinstance(content, list):
-                    # Mistral's parts, {"type": "text" or "thinking", …}.
+                    # Mistral's parts, {"type": "text" or "thinking", ...}.
                     chunks += [text for part in content if (text := _typed(part.get("text"), str))]
-            alive = alive or bool(delta.get("reasoning_content") or delta.get("reasoning"))
-        return alive
+            active = active or bool(delta.get("reasoning_content") or delta.get("reasoning"))
+        return active
 
 
 T = TypeVar("T")
 
 
 def _typed(value: object, kind: type[T]) -> T | None:
-    """A stranger's value, if it is what it should be."""
+    """Return an untrusted value if it has the expected type, otherwise None."""
     return value if isinstance(value, kind) else None
 
 
-# Only OpenAI has a code for a conversation that is too long; the others say it in error_text.
+# Only OpenAI has a code for a conversation that is too long. Others report it in the message.
 TOO_LONG = re.compile(
     "context.(length|window)|too_many_prompt_tokens|(prompt|messages|input)( is| are)? too long",
     re.I,
 )
 REFUSED = re.compile("content_filter|content_policy|content management policy|invalid_prompt", re.I)
-# 429s that waiting does not cure: somebody has to pay.
+# The account is used up: waiting does not help, the operator has to pay.
 QUOTA = re.compile("insufficient_quota|credit_balance|spend_limit|usage_limit|billing_", re.I)
 OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.I)
 
@@ -176,11 +179,14 @@ OVERLOADED = re.compile("overloaded|slow_down|rate_limit", re.I)
 def classify_error(
     status: int, body: Any, headers: Mapping[str, str] = {}, now: float = 0.0
 ) -> ServiceError:
-    """The error that a provider's error response (or an error inside its stream, as `status` 500)
-    is to our caller. `body` is its JSON, or None; `now` is in seconds since 1970, for dates in
-    headers. The provider's error_text are matched here and go no further."""
-    reported = body.get("error", body) if isinstance(body, dict) else body
-    details = reported if isinstance(reported, dict) else {"message": reported}
+    """Return the error for the caller that corresponds to a provider's error.
+
+    `body` is the JSON of an error response, or None. An error inside a stream has `status` 500.
+    `now` is in seconds since 1970 and is needed for dates in `headers`. The provider's error text
+    is only matched and never passed on.
+    """
+    error = body.get("error", body) if isinstance(body, dict) else body
+    details = error if isinstance(error, dict) else {"message": error}
     code = str(details.get("code") or "")
     # Aggregators send the status of the provider behind them as the code.
     if status == 500 and re.fullmatch("[45][0-9][0-9]", code):
@@ -189,9 +195,8 @@ def classify_error(
     if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(error_text)):
         return ServiceError("context_too_long", "The conversation is too long for this model.")
     if REFUSED.search(error_text):
-        return ServiceError(
-            "content_refused", "The provider's policy refuses this text. Change the message."
-        )
+        problem = "The provider's content policy rejects this request. Change the message."
+        return ServiceError("content_refused", problem)
     if status == 402 or QUOTA.search(error_text):
         problem = "The service's quota at the provider is used up. Its operator has to act."
         return ServiceError("upstream_unavailable", problem, retryable=False)
@@ -206,20 +211,21 @@ def classify_error(
     if retryable or status >= 500:
         problem = "The provider failed. Try again."
         return ServiceError("upstream_error", problem, retryable=retryable, retry_after=wait)
-    return ServiceError(
-        "upstream_error", "The provider refused the request; the operator has to mend this."
-    )
+    problem = "The provider rejected the service's request. Its operator has to act."
+    return ServiceError("upstream_error", problem)
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """The seconds that a provider asks to wait, by `retry-after-ms`, else by `retry-after`, in
-    seconds or as a date; None where it asks for nothing, or for more than a day."""
-    for name, read in (
+    """Return the seconds that a provider requests to wait, or None.
+
+    Reads `retry-after-ms`, then `retry-after` as seconds or as a date. Ignores more than a day.
+    """
+    for name, parse in (
         ("retry-after-ms", lambda text: float(text) / 1000),
         ("retry-after", float),
         ("retry-after", lambda text: parsedate_to_datetime(text).timestamp() - now),
     ):
         with suppress(ValueError, OverflowError):
-            if 0 < (seconds := read(headers.get(name, ""))) <= MAX_WAIT_SECONDS:
+            if 0 < (seconds := parse(headers.get(name, ""))) <= MAX_WAIT_SECONDS:
                 return seconds
     return None

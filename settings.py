@@ -42,6 +42,10 @@ class Rate(NamedTuple):
     limit: int
     seconds: int
 
+    def __str__(self) -> str:
+        unit = next(name for name, seconds in RATE_UNITS.items() if seconds == self.seconds)
+        return f"{self.limit}/{unit}"
+
 
 class ApiKey(NamedTuple):
     """A caller's key: the name that may be logged, and the SHA-256 of the key itself."""
@@ -234,6 +238,11 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
             return self.providers
         key, url = self.openai_api_key, self.openai_base_url
         return (ProviderSettings(name="openai", base_url=url, api_key=key), *self.providers)
+
+    @property
+    def public_state_url(self) -> str:
+        """STATE_URL without user name and password."""
+        return re.sub("//[^/]*@", "//", self.state_url)
 
     @property
     def default_provider_name(self) -> str:

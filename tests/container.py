@@ -8,7 +8,6 @@ the caller's, as it is in a pod.
 """
 
 import asyncio
-import fnmatch
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tests.client import Client
@@ -63,28 +62,27 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
 
 
 def context(source: Path, target: Path) -> Path:
-    """The files of `source` that .dockerignore lets through: of its patterns the last decides."""
-    patterns = [
-        line
-        for line in (source / ".dockerignore").read_text().split("\n")
-        if line and line[0] != "#"
-    ]
+    """Copy the files of `source` that .dockerignore does not exclude to `target`."""
+    lines = (source / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and not excluded(PurePosixPath("/", name), patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / name)
+    return target
 
-    def ignored(directory: str, names: list[str]) -> list[str]:
-        left_out = []
-        for name in names:
-            path = str((Path(directory) / name).relative_to(source))
-            out = False
-            for pattern in patterns:
-                # What lies in a directory that is let through is let through with it.
-                whole = fnmatch.fnmatchcase(path.split("/")[0], pattern.lstrip("!"))
-                deep = pattern.startswith("**/") and fnmatch.fnmatchcase(name, pattern[3:])
-                if whole or deep:
-                    out = not pattern.startswith("!")
-            left_out += [name] if out else []
-        return left_out
 
-    return shutil.copytree(source, target, ignore=ignored)
+def excluded(path: PurePosixPath, patterns: Sequence[str]) -> bool:
+    """Return whether the last pattern that matches the path or a parent of it excludes it."""
+    result = False
+    for pattern in patterns:
+        name = pattern.removeprefix("!")
+        # A pattern is relative to the root of the context, unless it begins with `**/`.
+        anchored = name.removeprefix("**/") if name.startswith("**/") else f"/{name}"
+        if any(each.match(anchored) for each in (path, *path.parents)):
+            result = not pattern.startswith("!")
+    return result
 
 
 def make_base(root: Path) -> None:

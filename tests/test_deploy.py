@@ -142,8 +142,8 @@ def test_the_image_has_the_version_of_the_project() -> None:
 
 def test_nothing_reaches_the_build_but_what_it_copies(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    wanted = {"requirements.txt", "service.py", "static/page.html"}
-    left_out = {".env", "chat.db", ".git/config", "tests/a.py", "static/__pycache__/a.pyc"}
+    wanted = {"requirements/run.txt", "service.py", "static/playground.html"}
+    left_out = {".env", "requirements/dev.txt", "chat.db", ".git/config", "tests/a.py", "static/__pycache__/a.pyc"}
     for name in wanted | left_out:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).touch()
