@@ -453,7 +453,7 @@ class Router:
 
 def create_providers(settings: Settings) -> dict[str, LLMProvider]:
     """Return every configured provider and the mock, by name."""
-    configured = [OpenAIProvider(each, settings) for each in settings.configured_providers]
+    configured = [OpenAIProvider(each, settings) for each in settings.providers]
     return {provider.name: provider for provider in (MockProvider(), *configured)}
 
 

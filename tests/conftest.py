@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Message
 from errors import Code, ServiceError
 from providers import LLMProvider
 from server import Drain, Server, listen
-from service import create_app
+from service import create_app, log_start
 from settings import from_env
 from telemetry import JSONFormatter
 from tests.client import CANARY, Client, Response
@@ -105,13 +106,20 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     settings = from_env({"PORT": "0", "STATE_URL": "memory://", **env})
     handler, log = create_log()
     drain = Drain()
-    server = Server(create_app(settings, log, drain, *more), settings, log, drain)
+    app = create_app(settings, log, drain, *more)
+    server = Server(
+        app,
+        settings,
+        log,
+        drain,
+        on_started=partial(log_start, log, settings),
+        on_malformed=app.report_malformed,
+    )
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     listeners = listen(settings)
     await server.startup(listeners)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    running = RunningService(f"http://127.0.0.1:{port}", handler)
+    running = RunningService(server.url, handler)
     try:
         yield running
     finally:
