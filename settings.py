@@ -364,6 +364,9 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
+    if not (settings.providers or settings.default_provider):
+        remedy = "Set OPENAI_API_KEY in .env to use OpenAI."
+        yield f"No provider is configured; using the mock provider. {remedy}"
 
 
 def variable_prefix(provider: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from check import check, effective_settings
 from errors import ServiceError
 from service import create_state
-from settings import Settings, SettingsError, from_env
+from settings import Settings, SettingsError, from_env, startup_warnings
 from tests.client import CANARY
 from tests.conftest import StartUpstream
 from tests.upstream import Connection, Script, response
@@ -48,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     async def run_check(**env: str) -> tuple[int, list[str]]:
         lines: list[str] = []
-        status = await check(from_env({**OPENAI, **env}), create_state, lines.append)
+        status = await check(from_env({**OPENAI, **env}), [], create_state, lines.append)
         assert not [line for line in lines if any(secret in line for secret in SECRETS)]
         assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
         results = [line[:-1] for line in lines if not line[0].isupper()]
@@ -180,9 +180,18 @@ async def test_invalid_proxy_raises_settings_error(
     assert GATEWAY_KEY not in str(error.value)
 
 
-async def test_mock_as_default_provider_is_a_warning(run: Run) -> None:
-    warning = "warning: the default provider is the mock provider; set OPENAI_API_KEY"
-    assert await run(OPENAI_API_KEY="") == (0, [warning])
+async def test_warnings_of_a_start_are_written_without_changing_the_status() -> None:
+    settings = from_env({"STATE_URL": "memory://"})
+    (no_provider,) = startup_warnings(settings, [])
+    lines: list[str] = []
+    assert (
+        await check(settings, startup_warnings(settings, ["PROT"]), create_state, lines.append) == 0
+    )
+    assert [line for line in lines if not line[0].isupper()] == [
+        "warning: PROT in .env is not a setting of this service; did you mean PORT?\n",
+        f"warning: {no_provider}\n",
+        "ok: STATE_URL: memory:// can be used\n",
+    ]
 
 
 # The session store
@@ -191,7 +200,7 @@ async def test_mock_as_default_provider_is_a_warning(run: Run) -> None:
 async def test_store_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     settings = from_env({"STATE_URL": f"sqlite:///{tmp_path}/missing/chat.db"})
     lines: list[str] = []
-    assert await check(settings, create_state, lines.append) == 1
+    assert await check(settings, [], create_state, lines.append) == 1
     assert [
         line for line in lines if line.startswith(f"error: {settings.state_url} cannot be used")
     ]
@@ -210,7 +219,7 @@ async def test_store_that_does_not_respond_is_an_error_and_is_closed() -> None:
     store = Store()
     settings = from_env({"STATE_URL": "redis://me:redis-password@host:1/0"})
     lines: list[str] = []
-    assert await check(settings, lambda settings: (None, store), lines.append) == 1
+    assert await check(settings, [], lambda settings: (None, store), lines.append) == 1
     assert "error: redis://host:1/0 cannot be used: It does not respond.\n" in lines
     assert store.closed
 

@@ -520,6 +520,13 @@ def test_fallback_to_unknown_provider_is_a_warning_for_other_servers() -> None:
     ]
 
 
+def test_missing_provider_is_a_warning() -> None:
+    (warning,) = startup_warnings(from_env({}), [])
+    assert warning.startswith("No provider is configured; using the mock provider. Set OPENAI_API_")
+    assert list(startup_warnings(from_env({"DEFAULT_PROVIDER": "mock"}), [])) == []
+    assert list(startup_warnings(from_env(OPENAI), [])) == []
+
+
 # The .env file
 
 
@@ -645,11 +652,11 @@ def test_copy_of_the_example_starts_the_mock(tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
+        lines = process.stdout.readline() + process.stdout.readline()
         process.terminate()
         process.communicate()
-    assert "http://127.0.0.1:" in first
-    assert "using the mock provider" in second
+    assert "http://127.0.0.1:" in lines
+    assert "using the mock provider" in lines
 
 
 # Reading the environment
