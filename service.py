@@ -51,7 +51,7 @@ from server import (
     raise_descriptor_limit,
 )
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import End, EventStream
 
 VERSION = "0.1.0"
@@ -80,16 +80,108 @@ SHARED_SESSION_ID = (
 
 
 @dataclass
-class Admission:
-    """Decides who the caller is and whether it may send a request now."""
+class Service:
+    """What the routes need, put together by `create_app`."""
 
     settings: Settings
+    router: Router
     limiters: Mapping[str, RateLimiter]
+    streams: StreamLimiter
+    drain: Drain
+    store: SessionStore
     metrics: telemetry.Metrics
     log: logging.Logger
     _warned: set[str] = field(default_factory=set)
 
-    async def admit(self, request: Request) -> Caller:
+    # POST /api/v1/chat
+
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer POST /api/v1/chat. The order of the checks is part of the API."""
+        self.drain.check()
+        request = Request(scope, receive)
+        record: telemetry.RequestRecord = request.state.record
+        caller = await self._admit(request)
+        with ExitStack() as held:
+            held.enter_context(self.streams.acquire(caller))
+            body = await self._read_body(request)
+            chat = parse_request(body, self.settings.max_message_chars)
+            targets = self.router.resolve(chat.model_id)
+            record.fields["requested_model"] = targets[0].name
+            if chat.session_id is not None:
+                self._reject_shared_session_id(request, caller, chat.session_id)
+            session = await self.store.open(caller.owner, chat.session_id)
+            record.fields["session"] = telemetry.short_hash(session.id)
+            # From here on the stream frees slot and session, however it ends.
+            slot = held.pop_all()
+        message_at = time.time()
+
+        async def on_finish(text: str, end: End) -> None:
+            complete = isinstance(end, Completion)
+            # Providers reject conversations with a blank message.
+            turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
+            with slot:
+                await self.store.end(session, turn)
+
+        call = Call(record.request_id, record.traceparent)
+        messages = self._messages(session, chat.message)
+        run = partial(complete, targets, messages, call, settings=self.settings)
+        stream = EventStream(run, on_finish, record.request_id, session.id, self.settings)
+        try:
+            with self.drain.track(stream.abort):
+                await stream(scope, receive, send)
+        finally:
+            self.metrics.finish_stream(
+                record, stream.fill_report(), call.attempts, self.router.known
+            )
+
+    async def _read_body(self, request: Request) -> bytes:
+        """Return the request's body.
+
+        Raise unsupported_media_type, body_too_large, request_timeout, or shutting_down if the
+        service is stopped meanwhile.
+        """
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            problem = "Send the body as JSON: curl -H 'Content-Type: application/json'."
+            raise ServiceError("unsupported_media_type", problem)
+        connection: ClientConnection = request.scope["extensions"][CONNECTION]
+        if connection.body_arrived:
+            return await self._receive_body(request)
+        seconds, began = self.settings.body_timeout_seconds, time.monotonic()
+        waiting = anyio.move_on_after(seconds)
+        try:
+            with waiting, self.drain.track(lambda error: waiting.cancel()):
+                return await self._receive_body(request)
+        finally:
+            request.state.record.wait_seconds = time.monotonic() - began
+        self.drain.check()
+        raise ServiceError(
+            "request_timeout", f"The body did not arrive within {seconds:g} s. Retry."
+        )
+
+    async def _receive_body(self, request: Request) -> bytes:
+        limit, received = self.settings.max_body_bytes, 0
+        body = bytearray()
+        async for part in request.stream():
+            received += len(part)
+            if received <= limit:
+                body += part
+            elif received > MAX_DROPPED_BYTES:
+                break
+        if received > limit:
+            raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
+        return bytes(body)
+
+    def _messages(self, session: Session, message: str) -> list[Message]:
+        """Return what the provider gets: the system prompt, the history and the new message."""
+        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
+        if self.settings.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
+        return [*messages, {"role": "user", "content": message}]
+
+    # Who sends a request, and whether it may
+
+    async def _admit(self, request: Request) -> Caller:
         """Return the caller and take a token from its bucket.
 
         Raise rate_limited or invalid_api_key. The response gets the RateLimit headers.
@@ -137,7 +229,7 @@ class Admission:
             self._warned.add(warning)
             self.log.warning(warning)
 
-    def reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
+    def _reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
         """Raise invalid_request if several users could choose the same session id.
 
         An id that the caller chooses is private to its address. Users of a proxy that forwards
@@ -157,119 +249,13 @@ class Admission:
             )
         raise invalid_request(FieldProblem(field="session_id", message=SHARED_SESSION_ID))
 
-
-@dataclass
-class ChatEndpoint:
-    """POST /api/v1/chat, as a plain ASGI application.
-
-    The order of the checks is part of the API. Starlette's function endpoints would add a request
-    and a response object to each.
-    """
-
-    settings: Settings
-    admission: Admission
-    streams: StreamLimiter
-    router: Router
-    store: SessionStore
-    drain: Drain
-    metrics: telemetry.Metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.drain.check()
-        request = Request(scope, receive)
-        record: telemetry.RequestRecord = request.state.record
-        caller = await self.admission.admit(request)
-        with ExitStack() as held:
-            held.enter_context(self.streams.acquire(caller))
-            body = await self._read_body(request)
-            chat = parse_request(body, self.settings.max_message_chars)
-            targets = self.router.resolve(chat.model_id)
-            record.fields["requested_model"] = targets[0].name
-            if chat.session_id is not None:
-                self.admission.reject_shared_session_id(request, caller, chat.session_id)
-            session = await self.store.open(caller.owner, chat.session_id)
-            record.fields["session"] = telemetry.short_hash(session.id)
-            # From here on the stream frees slot and session, however it ends.
-            slot = held.pop_all()
-        message_at = time.time()
-
-        async def on_finish(text: str, end: End) -> None:
-            complete = isinstance(end, Completion)
-            # Providers reject conversations with a blank message.
-            turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
-            with slot:
-                await self.store.end(session, turn)
-
-        call = Call(record.request_id, record.traceparent)
-        messages = self._messages(session, chat.message)
-        run = partial(complete, targets, messages, call, settings=self.settings)
-        stream = EventStream(run, on_finish, record.request_id, session.id, self.settings)
-        try:
-            with self.drain.track(stream.abort):
-                await stream(scope, receive, send)
-        finally:
-            self.metrics.finish_stream(record, stream.report, call.attempts, self.router.known)
-
-    async def _read_body(self, request: Request) -> bytes:
-        """Return the request's body.
-
-        Raise unsupported_media_type, body_too_large, request_timeout, or shutting_down if the
-        service is stopped meanwhile.
-        """
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            problem = "Send the body as JSON: curl -H 'Content-Type: application/json'."
-            raise ServiceError("unsupported_media_type", problem)
-        connection: ClientConnection = request.scope["extensions"][CONNECTION]
-        if connection.body_arrived:
-            return await self._receive_body(request)
-        seconds, began = self.settings.body_timeout_seconds, time.monotonic()
-        waiting = anyio.move_on_after(seconds)
-        try:
-            with waiting, self.drain.track(lambda error: waiting.cancel()):
-                return await self._receive_body(request)
-        finally:
-            request.state.record.wait_seconds = time.monotonic() - began
-        self.drain.check()
-        raise ServiceError(
-            "request_timeout", f"The body did not arrive within {seconds:g} s. Retry."
-        )
-
-    async def _receive_body(self, request: Request) -> bytes:
-        limit, received = self.settings.max_body_bytes, 0
-        body = bytearray()
-        async for part in request.stream():
-            received += len(part)
-            if received <= limit:
-                body += part
-            elif received > MAX_DROPPED_BYTES:
-                break
-        if received > limit:
-            raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
-        return bytes(body)
-
-    def _messages(self, session: Session, message: str) -> list[Message]:
-        """Return what the provider gets: the system prompt, the history and the new message."""
-        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
-        if self.settings.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
-        return [*messages, {"role": "user", "content": message}]
-
-
-@dataclass
-class Endpoints:
-    """The other routes that need more than a constant response."""
-
-    admission: Admission
-    store: SessionStore
-    drain: Drain
-    metrics: telemetry.Metrics
+    # The other routes
 
     async def session(self, request: Request) -> Response:
-        caller = await self.admission.admit(request)
+        caller = await self._admit(request)
         session_id: str = request.path_params["session_id"]
         request.state.record.fields["session"] = telemetry.short_hash(session_id)
-        self.admission.reject_shared_session_id(request, caller, session_id)
+        self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
             return Response(status_code=204)
@@ -293,6 +279,16 @@ class Endpoints:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@dataclass(frozen=True)
+class ASGIEndpoint:
+    """A function as an ASGI application, for a route without Starlette's request and response."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
 
 def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
@@ -402,20 +398,18 @@ def create_app(
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
     metrics.active_streams.set_function(lambda: streams.active)
-    admission = Admission(settings, limiters, metrics, log)
-    chat = ChatEndpoint(settings, admission, streams, router, store, drain, metrics)
-    endpoints = Endpoints(admission, store, drain, metrics)
+    service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [
-        Route("/api/v1/chat", chat, methods=["POST"]),
+        Route("/api/v1/chat", ASGIEndpoint(service.chat), methods=["POST"]),
         Route("/api/v1/models", JSONResponse(models), methods=["GET"]),
-        Route("/api/v1/sessions/{session_id}", endpoints.session, methods=["GET", "DELETE"]),
+        Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
-        Route("/readyz", endpoints.readyz),
+        Route("/readyz", service.readyz),
         static_route("/openapi.json", "openapi.json", "application/json"),
     ]
     if settings.metrics:
-        routes.append(Route("/metrics", endpoints.show_metrics))
+        routes.append(Route("/metrics", service.show_metrics))
     if settings.playground:
         routes += [
             static_route("/", "playground.html", "text/html"),
@@ -462,8 +456,10 @@ def configure_logging(level: str) -> logging.Logger:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # uvicorn warns of every malformed request; telemetry logs them.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # Not in any line, and looked up for each otherwise.
+    # What logging would look up for each line, though none contains it (Logging HOWTO,
+    # "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     log = logging.getLogger("chat_sidecar")
     log.setLevel(level.upper())
     return log
@@ -482,11 +478,6 @@ def log_start(log: logging.Logger, settings: Settings, url: str) -> None:
     }
     summary = ", ".join(f"{name} {fields[name]}" for name in list(fields)[2:])
     log.info(f"chat-sidecar {VERSION} on {url}, {summary}", extra={"fields": fields})
-    if settings.default_provider_name == "mock":
-        log.warning(
-            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
-            " OpenAI."
-        )
 
 
 def main() -> None:
@@ -520,7 +511,7 @@ def main() -> None:
     # tenth of the time with 1,000 open streams, and 0.4 s at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    warnings = [*unknown_variable_warnings(file, settings), raise_descriptor_limit(settings)]
+    warnings = [*startup_warnings(settings, file), raise_descriptor_limit(settings)]
     for warning in filter(None, warnings):
         log.warning(warning)
     on_started = partial(log_start, log, settings)
