@@ -63,15 +63,17 @@ class Call:
     traceparent: str | None = None
     attempts: list[Attempt] = field(default_factory=list)
 
-    def headers(self) -> list[tuple[str, str]]:
+    def headers(self) -> dict[str, str]:
         """Return the headers that identify the current attempt.
 
         OpenAI logs X-Client-Request-Id, so that even a request it never answered can be found.
         """
         number = len(self.attempts)
         request_id = self.request_id + (f"-{number}" if number > 1 else "")
-        trace = [] if self.traceparent is None else [("traceparent", self.traceparent)]
-        return [("X-Client-Request-Id", request_id), *trace]
+        headers = {"X-Client-Request-Id": request_id}
+        if self.traceparent is not None:
+            headers["traceparent"] = self.traceparent
+        return headers
 
 
 class Sink(Protocol):
@@ -120,15 +122,17 @@ class OpenAIProvider(LLMProvider):
         self.name = provider.name
         self._url = httpx.URL(str(provider.base_url).rstrip("/") + "/chat/completions")
         self._api_key = provider.api_key.get_secret_value() if provider.api_key else None
-        self._headers = [
-            ("Host", self._url.netloc.decode()),
-            ("Content-Type", "application/json"),
-            ("Accept", "text/event-stream"),
-            # Unpacking could turn 50 KB into 50 MB.
-            ("Accept-Encoding", "identity"),
-        ]
+        self._headers = httpx.Headers(
+            {
+                "Host": self._url.netloc.decode(),
+                "Content-Type": "application/json",
+                "Accept": "text/event-stream",
+                # Unpacking could turn 50 KB into 50 MB.
+                "Accept-Encoding": "identity",
+            }
+        )
         if self._api_key is not None:
-            self._headers.append(("Authorization", f"Bearer {self._api_key}"))
+            self._headers["Authorization"] = f"Bearer {self._api_key}"
         # Nothing that is not configured: reasoning models and small servers reject unknown fields.
         self._options: dict[str, object] = {
             "stream": True,
@@ -149,7 +153,9 @@ class OpenAIProvider(LLMProvider):
         self, model: str, messages: Sequence[Message], call: Call, sink: Sink
     ) -> Completion:
         body = to_json({"model": model, "messages": messages, **self._options})
-        headers = [*self._headers, *call.headers(), ("Content-Length", str(len(body)))]
+        headers = self._headers.copy()
+        headers["Content-Length"] = str(len(body))
+        headers.update(call.headers())
         request = httpx.Request(
             "POST",
             self._url,
@@ -447,7 +453,7 @@ class Router:
 
 def create_providers(settings: Settings) -> dict[str, LLMProvider]:
     """Return every configured provider and the mock, by name."""
-    configured = [OpenAIProvider(each, settings) for each in settings.configured_providers]
+    configured = [OpenAIProvider(each, settings) for each in settings.providers]
     return {provider.name: provider for provider in (MockProvider(), *configured)}
 
 

@@ -189,7 +189,7 @@ class StartQueue:
             self._start(self._waiting.popleft())
 
 
-class PipelinedRequest(Exception):
+class PipelinedRequestError(Exception):
     """Raised inside the parser's callback to stop parsing: the parser has no other way out."""
 
 
@@ -237,7 +237,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            raise PipelinedRequest
+            raise PipelinedRequestError
         super().on_message_begin()
         self._between_requests = False
         self._dropped_bytes = self._body_chunks = 0

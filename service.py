@@ -51,7 +51,7 @@ from server import (
     raise_descriptor_limit,
 )
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import End, EventStream
 
 VERSION = "0.1.0"
@@ -208,7 +208,9 @@ class ChatEndpoint:
             with self.drain.track(stream.abort):
                 await stream(scope, receive, send)
         finally:
-            self.metrics.finish_stream(record, stream.report, call.attempts, self.router.known)
+            self.metrics.finish_stream(
+                record, stream.fill_report(), call.attempts, self.router.known
+            )
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the request's body.
@@ -462,8 +464,10 @@ def configure_logging(level: str) -> logging.Logger:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # uvicorn warns of every malformed request; telemetry logs them.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # Not in any line, and looked up for each otherwise.
+    # What logging would look up for each line, though none contains it (Logging HOWTO,
+    # "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     log = logging.getLogger("chat_sidecar")
     log.setLevel(level.upper())
     return log
@@ -482,11 +486,6 @@ def log_start(log: logging.Logger, settings: Settings, url: str) -> None:
     }
     summary = ", ".join(f"{name} {fields[name]}" for name in list(fields)[2:])
     log.info(f"chat-sidecar {VERSION} on {url}, {summary}", extra={"fields": fields})
-    if settings.default_provider_name == "mock":
-        log.warning(
-            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
-            " OpenAI."
-        )
 
 
 def main() -> None:
@@ -520,7 +519,7 @@ def main() -> None:
     # tenth of the time with 1,000 open streams, and 0.4 s at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    warnings = [*unknown_variable_warnings(file, settings), raise_descriptor_limit(settings)]
+    warnings = [*startup_warnings(settings, file), raise_descriptor_limit(settings)]
     for warning in filter(None, warnings):
         log.warning(warning)
     on_started = partial(log_start, log, settings)

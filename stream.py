@@ -1,11 +1,12 @@
-"""EventStream: relays one completion to one client as server-sent events.
+"""Server-sent events: `EventStream` relays one completion to one client.
 
-It sends the status line late, so that an early failure gets a status of its own; it keeps the
-connection alive, limits how long provider and client may take, notices a client that disconnects,
-and ends with exactly one terminal event. It does not know callers, limits or sessions.
+The status line is sent late, so that an early failure gets a status of its own. Heartbeats keep the
+connection alive, deadlines limit provider and client, a client that disconnects is noticed, and
+exactly one terminal event is sent. Nothing here knows callers, limits or sessions.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
@@ -40,6 +41,8 @@ FINISH_SECONDS = 5.0
 Disconnect = Literal["client_disconnected", "client_stalled"]
 # How a stream ends: completed, failed, or without its client.
 End = Completion | ServiceError | Disconnect
+# A time on the event loop's clock, and what to do then.
+Deadline = tuple[float, Callable[[], None]]
 
 
 class State(Enum):
@@ -50,12 +53,175 @@ class State(Enum):
     OPEN = "events are written to the connection"
 
 
-class EventStream(Sink):
-    """An ASGI response, and the sink of the provider whose chunks it sends.
+class ClientStream(ABC):
+    """An ASGI response that sends events to one client.
+
+    Events are written to the client's connection at once, also from within a callback of the event
+    loop: no task wakes for them. A single timer checks all deadlines.
+    """
+
+    def __init__(self, session_id: str, settings: Settings) -> None:
+        self._headers = [*STREAM_HEADERS, (b"x-session-id", session_id.encode())]
+        self._settings = settings
+        self._state = State.WAITING
+        self._end: End | None = None
+        self._disconnect: Disconnect | None = None
+        self._held: list[bytes] = []
+        self._opening: asyncio.Task[None] | None = None
+        self._running = anyio.CancelScope()
+        # Since when the client does not read, and for how long it did not before.
+        self._paused_since: float | None = None
+        self._paused_seconds = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the stream. Raise its error if nothing was sent yet."""
+        self._send = send
+        self._connection: ClientConnection = scope["extensions"][CONNECTION]
+        self._connection.on_disconnect = partial(self.abort, "client_disconnected")
+        self._connection.on_resume = self._on_resume
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._started_at = self._sent_at = self._now()
+        self._timer: asyncio.Handle = self._loop.call_soon(self._check_deadlines)
+        if self._connection.disconnected:
+            self.abort("client_disconnected")
+        try:
+            with self._running:
+                await self._relay()
+        finally:
+            self._timer.cancel()
+            self._end = await self._finish(self._end)
+            if self._disconnect is None:
+                await self._send_end(self._end)
+            self._connection.on_disconnect = self._connection.on_resume = _ignore
+        if isinstance(self._end, ServiceError) and self._state is State.WAITING:
+            raise self._end
+        if self._disconnect == "client_stalled":
+            self._connection.abort()
+
+    def abort(self, end: ServiceError | Disconnect) -> None:
+        """End the stream now. Only the first end counts, but a disconnect is always noted."""
+        if isinstance(end, str):
+            self._disconnect = self._disconnect or end
+        if self._end is None:
+            self._end = end
+            self._running.cancel()
+
+    @abstractmethod
+    async def _relay(self) -> None:
+        """Write events until the stream ends, and set `_end`. Cancelled by `abort`."""
+
+    @abstractmethod
+    async def _finish(self, end: End | None) -> End:
+        """Do what has to be done before the client is sent the end; return that end."""
+
+    @abstractmethod
+    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
+        """Return the last event."""
+
+    @abstractmethod
+    def _resume(self) -> None:
+        """Continue: the client reads again."""
+
+    def _deadlines(self) -> list[Deadline]:
+        """Return the deadlines that apply besides heartbeats and the write timeout."""
+        return []
+
+    # Writing
+
+    def _write(self, events: bytes) -> None:
+        """Send events, or hold them until the status line is sent."""
+        if self._state is State.OPEN:
+            self._connection.write(events)
+            return
+        self._held.append(events)
+        if self._state is State.WAITING:
+            self._state = State.OPENING
+            self._opening = self._loop.create_task(self._open())
+
+    async def _open(self) -> None:
+        """Send the status line through ASGI, so that middleware sees it, then what was held."""
+        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+        await self._send(start)
+        self._state = State.OPEN
+        if self._held:
+            self._connection.write(b"".join(self._held))
+
+    def _pause(self, now: float) -> None:
+        """Note that the client does not read."""
+        self._paused_since = self._paused_since or now
+
+    def _on_resume(self) -> None:
+        if self._paused_since is not None:
+            self._end_pause(self._now())
+            self._resume()
+
+    def _end_pause(self, now: float) -> None:
+        if self._paused_since is not None:
+            self._paused_seconds += now - self._paused_since
+            self._paused_since = None
+            self._sent_at = now
+
+    # Deadlines
+
+    def _check_deadlines(self) -> None:
+        """Act on the deadline that has passed, if any, and check again when the next may."""
+        if self._end is not None:
+            return
+        now, limits = self._now(), self._settings
+        deadlines = self._deadlines()
+        if self._paused_since is not None:
+            stalled = partial(self.abort, "client_stalled")
+            deadlines.append((self._paused_since + limits.write_timeout_seconds, stalled))
+        else:
+            deadlines.append((self._sent_at + limits.heartbeat_seconds, self._send_heartbeat))
+        deadline, act = min(deadlines, key=lambda pair: pair[0])
+        if now >= deadline:
+            act()
+        # A wait that begins meanwhile has its deadline within the shortest of the limits.
+        interval = min(
+            limits.idle_timeout_seconds, limits.write_timeout_seconds, limits.heartbeat_seconds
+        )
+        self._timer = self._loop.call_at(min(deadline, now + interval), self._check_deadlines)
+
+    def _send_heartbeat(self) -> None:
+        self._sent_at = self._now()
+        if self._state is not State.OPENING:
+            self._write(HEARTBEAT)
+        if self._connection.paused:
+            self._pause(self._sent_at)
+
+    # The end
+
+    async def _send_end(self, end: End) -> None:
+        """Send the terminal event, unless the error gets an HTTP status of its own."""
+        failed_early = isinstance(end, ServiceError) and self._state is State.WAITING
+        if failed_early or isinstance(end, str):
+            return
+        body = self._terminal_event(end)
+        if self._state is State.OPEN and not self._connection.paused:
+            # Sending does not suspend, so it needs no deadline.
+            await self._send_last(body)
+            return
+        deadline = self._now() + self._settings.write_timeout_seconds
+        with anyio.CancelScope(shield=True, deadline=deadline) as writing:
+            if self._opening is None:
+                await self._open()
+            else:
+                await asyncio.wait((self._opening,))
+            await self._send_last(body)
+        if writing.cancelled_caught:
+            self.abort("client_stalled")
+
+    async def _send_last(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class EventStream(ClientStream, Sink):
+    """The stream of one completion to one client; the sink that its provider writes to.
 
     A provider writes its chunks from within the event loop's read callback. They are encoded and
-    written to the client's connection there: no task wakes, and nothing is opened, locked or
-    scheduled per chunk. A single timer checks all deadlines.
+    written to the client's connection there.
 
     `on_finish` is awaited once, with the text that was sent and how the stream ended, before the
     terminal event is sent. It may raise an error to be sent instead.
@@ -69,59 +235,21 @@ class EventStream(Sink):
         session_id: str,
         settings: Settings,
     ) -> None:
+        super().__init__(session_id, settings)
         self.report = StreamReport()
         self.started = False
         self._run = run
         self._on_finish = on_finish
         # Any, because the events have fields of several types.
         self._ids: dict[str, Any] = {"id": request_id, "session_id": session_id}
-        self._settings = settings
         self._before_chunk = b'data: {"chunk":'
         self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
-        self._state = State.WAITING
-        self._end: End | None = None
-        self._disconnect: Disconnect | None = None
         self._chunks: list[str] = []
-        self._held: list[bytes] = []
         self._sent_bytes = 0
-        self._opening: asyncio.Task[None] | None = None
-        self._running = anyio.CancelScope()
+        # Since when the provider has been silent.
+        self._waiting_since = 0.0
         self._resume_provider: Callable[[], None] | None = None
         self._finish_provider: Callable[[], bool] | None = None
-        # Since when the client does not read, and for how long it did not before.
-        self._paused_since: float | None = None
-        self._paused_seconds = 0.0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the stream. Raise its error if nothing was sent yet."""
-        self._send = send
-        self._connection: ClientConnection = scope["extensions"][CONNECTION]
-        self._connection.on_disconnect = partial(self.abort, "client_disconnected")
-        self._connection.on_resume = self._on_resume
-        self._loop = asyncio.get_running_loop()
-        self._now = self._loop.time
-        self._started_at = self._waiting_since = self._sent_at = self._now()
-        self._timer: asyncio.Handle = self._loop.call_soon(self._check_deadlines)
-        if self._connection.disconnected:
-            self.abort("client_disconnected")
-        try:
-            with self._running:
-                await self._relay()
-        finally:
-            self._timer.cancel()
-            await self._finish()
-        if isinstance(self._end, ServiceError) and self._state is State.WAITING:
-            raise self._end
-        if self._disconnect == "client_stalled":
-            self._connection.abort()
-
-    def abort(self, end: ServiceError | Disconnect) -> None:
-        """End the stream now. Only the first end counts, but a disconnect is always noted."""
-        if isinstance(end, str):
-            self._disconnect = self._disconnect or end
-        if self._end is None:
-            self._end = end
-            self._running.cancel()
 
     # The sink
 
@@ -139,15 +267,14 @@ class EventStream(Sink):
         if chunks:
             if report.first_chunk_at is None:
                 report.first_chunk_at = now
-            self._write_events(chunks)
+            self._write_chunks(chunks)
             self._sent_at = now
         if self._connection.paused:
-            self._paused_since = self._paused_since or now
+            self._pause(now)
             return False
         return True
 
-    def _write_events(self, chunks: Chunks) -> None:
-        """Send a chunk event for each of `chunks`, or hold them until the status line is sent."""
+    def _write_chunks(self, chunks: Chunks) -> None:
         # An event is one line, since JSON escapes line ends.
         before, after = self._before_chunk, self._after_chunk
         events = b"".join([before + to_json(chunk) + after for chunk in chunks])
@@ -161,41 +288,20 @@ class EventStream(Sink):
             raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
         self._write(events)
 
-    def _write(self, events: bytes) -> None:
-        if self._state is State.OPEN:
-            self._connection.write(events)
-            return
-        self._held.append(events)
-        if self._state is State.WAITING:
-            self._state = State.OPENING
-            self._opening = self._loop.create_task(self._open())
+    def _resume(self) -> None:
+        if self._resume_provider is not None:
+            self._resume_provider()
 
-    async def _open(self) -> None:
-        """Send the status line through ASGI, so that middleware sees it, then what was held."""
-        headers = [*STREAM_HEADERS, (b"x-session-id", self._ids["session_id"].encode())]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        self._state = State.OPEN
-        if self._held:
-            self._connection.write(b"".join(self._held))
-
-    def _on_resume(self) -> None:
-        """Continue: the client reads again."""
+    def _end_pause(self, now: float) -> None:
         if self._paused_since is not None:
-            self._end_pause()
-            if self._resume_provider is not None:
-                self._resume_provider()
-
-    def _end_pause(self) -> None:
-        now = self._now()
-        if self._paused_since is not None:
-            self._paused_seconds += now - self._paused_since
             self.report.wait_seconds += now - self._paused_since
-            self._paused_since = None
-        self._waiting_since = self._sent_at = now
+            self._waiting_since = now
+        super()._end_pause(now)
 
     # The provider
 
     async def _relay(self) -> None:
+        self._waiting_since = self._started_at
         try:
             completion = await self._run(self)
         except Exception as error:
@@ -203,53 +309,24 @@ class EventStream(Sink):
         else:
             self._end = self._end or completion
 
-    # Deadlines
+    def _deadlines(self) -> list[Deadline]:
+        """Return the deadlines of the provider.
 
-    def _check_deadlines(self) -> None:
-        """Act on the deadline that has passed, if any, and check again when the next may."""
-        if self._end is not None:
-            return
-        now = self._now()
-        deadline, act = self._next_deadline()
-        if now >= deadline:
-            act()
-        limits = self._settings
-        # A wait that begins meanwhile has its deadline within the shortest of the limits.
-        interval = min(
-            limits.idle_timeout_seconds, limits.write_timeout_seconds, limits.heartbeat_seconds
-        )
-        self._timer = self._loop.call_at(min(deadline, now + interval), self._check_deadlines)
-
-    def _next_deadline(self) -> tuple[float, Callable[[], None]]:
-        """Return the next deadline and what to do then.
-
-        Time in which the client does not read does not count against the provider. It may extend a
-        stream to twice TOTAL_TIMEOUT_SECONDS.
+        Time in which the client does not read does not count against it. It may extend a stream to
+        twice TOTAL_TIMEOUT_SECONDS.
         """
         limits, paused_seconds = self._settings, self._paused_seconds
-        deadlines: list[tuple[float, Callable[[], None]]] = []
+        deadlines: list[Deadline] = []
         if self._paused_since is not None:
             paused_seconds += self._now() - self._paused_since
-            stalled = partial(self.abort, "client_stalled")
-            deadlines.append((self._paused_since + limits.write_timeout_seconds, stalled))
-        else:
-            deadlines.append((self._sent_at + limits.heartbeat_seconds, self._send_heartbeat))
-            if self.started:
-                idle = self._waiting_since + limits.idle_timeout_seconds
-                deadlines.append((idle, self._on_idle))
+        elif self.started:
+            deadlines.append((self._waiting_since + limits.idle_timeout_seconds, self._on_idle))
         total = limits.total_timeout_seconds
         deadline = self._started_at + total + min(paused_seconds, total)
-        error = ServiceError(
-            "upstream_timeout", f"The response was not complete within {total:g} s. Retry."
-        )
-        reason: ServiceError | Disconnect = "client_stalled" if paused_seconds >= total else error
-        deadlines.append((deadline, partial(self.abort, reason)))
-        return min(deadlines, key=lambda pair: pair[0])
-
-    def _send_heartbeat(self) -> None:
-        self._sent_at = self._now()
-        if self._state is not State.OPENING:
-            self._write(HEARTBEAT)
+        problem = f"The response was not complete within {total:g} s. Retry."
+        late = ServiceError("upstream_timeout", problem)
+        reason: ServiceError | Disconnect = "client_stalled" if paused_seconds >= total else late
+        return [*deadlines, (deadline, partial(self.abort, reason))]
 
     def _on_idle(self) -> None:
         """Abort, unless the provider has already sent what may count as the end."""
@@ -262,56 +339,42 @@ class EventStream(Sink):
 
     # The end
 
-    async def _finish(self) -> None:
-        """Store the turn, then send the terminal event.
+    async def _finish(self, end: End | None) -> End:
+        """Store the turn.
 
         Shielded: a disconnect or a cancelled request must not lose the text so far.
         """
-        end = self._end
         if end is None:
             end = ServiceError("internal_error", "The request was cancelled.")
+        now = self._now()
         if self._paused_since is None:
-            self.report.wait_seconds += self._now() - self._waiting_since
-        self._end_pause()
+            self.report.wait_seconds += now - self._waiting_since
+        self._end_pause(now)
         try:
-            with anyio.fail_after(FINISH_SECONDS, shield=True):
+            with anyio.CancelScope(shield=True, deadline=now + FINISH_SECONDS) as storing:
                 await self._on_finish("".join(self._chunks), end)
-        except TimeoutError:
-            end = ServiceError("state_unavailable", NOT_STORED)
         except Exception as error:
             end = to_service_error(error)
-        self._end = end
-        if self._disconnect is None:
-            await self._send_terminal_event(end)
-        self._connection.on_disconnect = self._connection.on_resume = _ignore
-        self._fill_report(end)
+        if storing.cancelled_caught:
+            end = ServiceError("state_unavailable", NOT_STORED)
+        return end
 
-    async def _send_terminal_event(self, end: End) -> None:
+    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
         if isinstance(end, Completion):
             event: DoneEvent | ErrorEvent = DoneEvent(**self._ids, **vars(end))
-        elif isinstance(end, ServiceError) and self._state is not State.WAITING:
-            event = ErrorEvent(**self._ids, error=end.detail())
         else:
-            # The error is raised and gets an HTTP status of its own.
-            return
-        body = escape_line_separators(b"data: " + to_json(event) + b"\n\n")
-        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
-            if self._opening is None:
-                self._held.clear()
-                await self._open()
-            else:
-                await asyncio.wait((self._opening,))
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
-        if writing.cancelled_caught:
-            self.abort("client_stalled")
+            event = ErrorEvent(**self._ids, error=end.detail())
+        return escape_line_separators(b"data: " + to_json(event) + b"\n\n")
 
-    def _fill_report(self, end: End) -> None:
-        report = self.report
+    def fill_report(self) -> StreamReport:
+        """Return the report, after the stream has ended."""
+        report, end = self.report, self._end
         if isinstance(end, Completion):
             report.model, report.finish_reason = end.model, end.finish_reason
             report.usage = end.usage
         report.error = end if isinstance(end, ServiceError) else None
         report.outcome = self._disconnect or (report.error.code if report.error else "done")
+        return report
 
 
 def escape_line_separators(events: bytes) -> bytes:

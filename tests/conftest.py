@@ -6,15 +6,17 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import hypothesis
 import pytest
 from starlette.types import ASGIApp, Message
 
 from errors import Code, ServiceError
 from providers import LLMProvider
 from server import Drain, Server, listen
-from service import create_app
+from service import create_app, log_start
 from settings import from_env
 from telemetry import JSONFormatter
 from tests.client import CANARY, Client, Response
@@ -24,6 +26,11 @@ from tests.upstream import Script, Upstream, running_upstream
 # Only a hang takes this long, on the slowest machine too. Below pytest's faulthandler_timeout of
 # 60 s, so that the test fails instead of the run.
 TIMEOUT_SECONDS = 50.0
+# Hypothesis would report examples that are slow on a busy machine as failures.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
@@ -105,13 +112,20 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     settings = from_env({"PORT": "0", "STATE_URL": "memory://", **env})
     handler, log = create_log()
     drain = Drain()
-    server = Server(create_app(settings, log, drain, *more), settings, log, drain)
+    app = create_app(settings, log, drain, *more)
+    server = Server(
+        app,
+        settings,
+        log,
+        drain,
+        on_started=partial(log_start, log, settings),
+        on_malformed=app.report_malformed,
+    )
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     listeners = listen(settings)
     await server.startup(listeners)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    running = RunningService(f"http://127.0.0.1:{port}", handler)
+    running = RunningService(server.url, handler)
     try:
         yield running
     finally:

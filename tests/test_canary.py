@@ -18,9 +18,8 @@ from server import Drain
 from service import create_app
 from settings import from_env
 from tests.client import CANARY, JSON, Client
-from tests.conftest import TIMEOUT_SECONDS, StartUpstream, run_lifespan
+from tests.conftest import TIMEOUT_SECONDS, StartUpstream, create_log, run_lifespan
 from tests.test_architecture import MODULES
-from tests.test_telemetry import a_log
 from tests.upstream import Connection, delta, event, http_chunk, response
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +158,7 @@ async def test_no_object_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         }
     )
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:{PROXY}@127.0.0.1:9")
-    app = create_app(settings, a_log()[1], Drain())
+    app = create_app(settings, create_log()[1], Drain())
     ours = [thing for thing in gc.get_objects() if type(thing).__module__ in MODULES]
     assert {type(thing).__name__ for thing in ours} >= {"Service", "OpenAIProvider", "Upstream"}
     shown = "".join(f"{thing!r} {thing!s}" for thing in [*ours, app, settings])

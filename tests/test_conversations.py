@@ -13,18 +13,16 @@ from settings import SettingsError, from_env
 from tests.client import Response
 from tests.conftest import RunningService, StartService, StartUpstream, running_service
 from tests.test_service import openai
-from tests.test_sessions import (
-    FAILURES,
-    NOBODYS_GUESS,
-    Clock,
-    count,
-    held,
-    opened,
-    other_connection,
-    said,
-    storing_fails,
-    talk,
-)
+from tests.test_sessions import FAILURE_MODES as FAILURES
+from tests.test_sessions import UNKNOWN_ISSUED_ID as NOBODYS_GUESS
+from tests.test_sessions import Clock
+from tests.test_sessions import connect as other_connection
+from tests.test_sessions import count_stored as count
+from tests.test_sessions import exclusive_locks as held
+from tests.test_sessions import failing_writes as storing_fails
+from tests.test_sessions import make_turn as said
+from tests.test_sessions import open_store as opened
+from tests.test_sessions import store_turns as talk
 from tests.upstream import DONE, END, Connection, Script, Upstream, delta, event, response
 
 Headers = Mapping[str, str]
@@ -157,7 +155,7 @@ async def test_a_provider_gets_no_more_than_the_history_that_fits(
         [10],
         [10, 19, 10],
         [10, 19, 10, 19, 11],
-        [10, 19, 11, 20, 60],
+        [11, 20, 60],
         [60, 69, 1],
     ]
 
@@ -307,7 +305,7 @@ async def test_an_answer_that_cannot_be_stored_ends_in_an_error_and_the_next_one
     provider = await upstream(repeat)
     app = await service(**openai(provider.url, **stored_in(file)))
     await (await app.chat("one", session_id="mine")).events()
-    with storing_fails(file, how=how):
+    with storing_fails(file, how):
         events = await (await app.chat("two", session_id="mine")).events()
     assert [each.get("chunk") for each in events] == ["You said ", "two", None]
     assert (events[-1]["status"], events[-1]["session_id"]) == ("error", "mine")

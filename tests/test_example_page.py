@@ -15,7 +15,7 @@ from playwright.async_api import async_playwright
 
 from tests.browser import Line
 from tests.conftest import StartService
-from tests.redis_server import program
+from tests.redis_server import find_program as program
 from tests.test_examples import EXAMPLES
 
 pytestmark = pytest.mark.slow

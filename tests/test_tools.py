@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import service
 from tools import configuration
 from tools.audit import evaluate
 from tools.docs import DOCS, PAGES, split
@@ -119,6 +120,7 @@ def test_invalid_changelog_heading_is_found() -> None:
 def test_version_is_the_newest_release_in_the_changelog() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert PROJECT["version"] == releases(changelog)[0]
+    assert PROJECT["version"] == service.VERSION
 
 
 def test_make_help_lists_every_target() -> None:
