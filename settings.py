@@ -362,11 +362,6 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
-    if settings.default_provider_name == "mock":
-        yield (
-            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
-            " OpenAI"
-        )
 
 
 def _prefix(provider: str) -> str:

@@ -155,7 +155,7 @@ async def test_a_provider_gets_no_more_than_the_history_that_fits(
         [10],
         [10, 19, 10],
         [10, 19, 10, 19, 11],
-        [10, 19, 11, 20, 60],
+        [11, 20, 60],
         [60, 69, 1],
     ]
 

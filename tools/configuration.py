@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import RATE_UNITS, ProviderSettings, Rate, Settings, requirement
+from settings import ProviderSettings, Rate, Settings, requirement
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / ".env.example"
@@ -69,10 +69,7 @@ def format_default(value: object) -> str:
     match value:
         case None | () | {}:
             return ""
-        case Rate(limit, seconds):
-            unit = next(unit for unit, size in RATE_UNITS.items() if size == seconds)
-            return f"{limit}/{unit}"
-        case tuple():
+        case tuple() if not isinstance(value, Rate):
             return ",".join(map(str, value))
         case bool():
             return str(value).lower()
