@@ -417,7 +417,7 @@ async def test_service_recovers_after_redis_was_killed_and_restarted(
     own_redis.kill()
     await expect_unavailable(app)
     for number, reply in enumerate(running, 1):
-        await finish(await provider.request(number))
+        await finish(await provider.wait_for_request(number))
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
     own_redis.start()

@@ -165,7 +165,7 @@ async def test_replicas_share_sessions_locks_and_rate_limits(
         before = len(provider.requests)
         replies = await asyncio.gather(*(replicas.chat("Hi", "other") for _ in range(50)))
         assert Counter(reply.status for reply in replies) == {200: 1, 409: 49}
-        await finish(await provider.request(before))
+        await finish(await provider.wait_for_request(before))
         for reply in replies:
             await reply.body()
 
