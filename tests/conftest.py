@@ -38,6 +38,11 @@ def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
     return pytest.raises(ServiceError, check=lambda error: error.code == code)
 
 
+def openai_env(url: str, **more: str) -> dict[str, str]:
+    """Return settings with one provider at `url`, without retries, and `more`."""
+    return {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": url, "MAX_RETRIES": "0", **more}
+
+
 class Log(logging.Handler):
     """A handler that keeps the JSON lines of a service's log."""
 

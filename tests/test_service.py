@@ -11,7 +11,7 @@ import pytest
 
 from providers import Call, Completion, LLMProvider, Message, Sink
 from tests.client import CANARY, JSON, Client
-from tests.conftest import RunningService, StartService, StartUpstream
+from tests.conftest import RunningService, StartService, StartUpstream, openai_env
 from tests.faults import connect_slow_client
 from tests.upstream import (
     DONE,
@@ -31,16 +31,6 @@ HELLO = b'{"message": "Hello"}'
 NEVER = "3600"
 
 
-def openai(url: str, **more: str) -> dict[str, str]:
-    """Return settings with one provider at `url`, without retries."""
-    return {
-        "OPENAI_API_KEY": CANARY,
-        "OPENAI_BASE_URL": url,
-        "MAX_RETRIES": "0",
-        **more,
-    }
-
-
 StartRelay = Callable[..., Awaitable[tuple[RunningService, Upstream]]]
 
 
@@ -51,7 +41,7 @@ def relay(service: StartService, upstream: StartUpstream) -> StartRelay:
 
     async def start(script: Script, **env: str) -> tuple[RunningService, Upstream]:
         provider = await upstream(script)
-        return await service(**openai(provider.url, **env)), provider
+        return await service(**openai_env(provider.url, **env)), provider
 
     return start
 
