@@ -56,8 +56,8 @@ async def running_process(
     )
     assert process.stdout is not None
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        line = json.loads(await process.stdout.readline())["event"]
-    running = RunningService(line.split()[2].rstrip(";"), Log())
+        line = json.loads(await process.stdout.readline())
+    running = RunningService(line["url"], Log())
     # Its log has to be read, or it would wait for that once the pipe is full.
     reading = asyncio.create_task(process.stdout.read())
     try:
