@@ -11,7 +11,6 @@ import ipaddress
 import select
 import socket
 import ssl
-from asyncio.staggered import staggered_race
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -399,11 +398,33 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     the first to connect wins. uvloop's create_connection would try one after the other.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    attempts = [partial(_connect_address, family, address) for family, *_, address in found]
-    connected, _, failures = await staggered_race(attempts, ADDRESS_DELAY_SECONDS)
-    if connected is None:
-        raise next(filter(None, reversed(failures)))
-    return cast(socket.socket, connected)  # the standard library's types lose it
+    connected: list[socket.socket] = []
+    failures: list[OSError] = []
+
+    async def attempt(family: socket.AddressFamily, address: Any, failed: anyio.Event) -> None:
+        try:
+            connected.append(await _connect_address(family, address))
+            tasks.cancel_scope.cancel()
+        except OSError as error:
+            failures.append(error)
+            failed.set()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for family, *_, address in found:
+                failed = anyio.Event()
+                tasks.start_soon(attempt, family, address, failed)
+                with anyio.move_on_after(ADDRESS_DELAY_SECONDS):
+                    await failed.wait()
+    except BaseException:
+        for each in connected:
+            each.close()
+        raise
+    for each in connected[1:]:
+        each.close()
+    if not connected:
+        raise failures[-1]
+    return connected[0]
 
 
 async def _connect_address(family: socket.AddressFamily, address: Any) -> socket.socket:
