@@ -1,8 +1,10 @@
 """`--check`: its results, its exit status, and the settings it prints, against real servers."""
 
+import asyncio
 import json
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.client import CANARY
 from tests.conftest import StartUpstream
 from tests.upstream import Connection, Script, response
 
+ROOT = Path(__file__).parent.parent
 CALLER_KEY = "caller-key-0123456789abcdef"
 GATEWAY_KEY = "gateway-key-0123456789"
 # Everything that must not be printed.
@@ -192,6 +195,30 @@ async def test_warnings_of_a_start_are_written_without_changing_the_status() -> 
         f"warning: {no_provider}\n",
         "ok: STATE_URL: memory:// can be used\n",
     ]
+
+
+async def test_command_prints_the_results_and_exits_with_their_status(
+    upstream: StartUpstream, tmp_path: Path
+) -> None:
+    provider = await upstream(responding(401, b"{}"))
+    env = {"PYTHONPATH": str(ROOT), "STATE_URL": "memory://", "OPENAI_API_KEY": CANARY}
+    for url, status in ((provider.url, 1), ("", 2)):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "service", "--check"),
+            cwd=tmp_path,
+            env={**env, "OPENAI_BASE_URL": url or "invalid"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = (data.decode() for data in await process.communicate())
+        assert process.returncode == status
+        assert CANARY not in output + errors
+        if url:
+            assert "error: openai rejected the API key (401); check OPENAI_API_KEY\n" in output
+            assert errors == ""
+        else:
+            assert errors.startswith("Invalid configuration: OPENAI_BASE_URL must be a URL")
+            assert output == ""
 
 
 # The session store
