@@ -268,8 +268,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     @property
     def public_state_url(self) -> str:
-        """STATE_URL without user name and password."""
-        return re.sub("//[^/]*@", "//", self.state_url)
+        """STATE_URL without user name, password and options."""
+        return re.sub(r"^(rediss?://)(.*@)?([^?]*).*", r"\1\3", self.state_url)
 
     @property
     def default_provider_name(self) -> str:

@@ -374,6 +374,20 @@ def test_only_secrets_are_read_from_files(tmp_path: Path) -> None:
     assert from_env({"PORT_FILE": str(file)}) == from_env({})
 
 
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("memory://", "memory://"),
+        ("sqlite:////data/a@b.db", "sqlite:////data/a@b.db"),
+        ("redis://localhost", "redis://localhost"),
+        ("redis://me:s3cret@host:6379/0", "redis://host:6379/0"),
+        ("rediss://:s3/cr@et@host/1?password=s3cret", "rediss://host/1"),
+    ],
+)
+def test_public_state_url_has_no_user_password_and_options(url: str, public: str) -> None:
+    assert from_env({"STATE_URL": url}).public_state_url == public
+
+
 def test_one_name_can_have_several_api_keys() -> None:
     new = f"{CALLER_KEY}-new"
     keys = from_env({"API_KEYS": f"app:{CALLER_KEY}, app:{new} ,other-2:{new[::-1]}"}).api_keys
