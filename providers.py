@@ -246,11 +246,14 @@ async def _check(response: httpx.Response) -> None:
         raise ServiceError("upstream_error", "The provider sent a compressed stream, unrequested.")
     if succeeded and media_type not in ("application/json", "text/html"):
         return
-    body = bytearray()
-    async for data in response.extensions["body"]:
-        body += data
+    body, source = bytearray(), response.extensions["body"]
+
+    def take(data: bytes) -> None:
+        body.extend(data)
         if len(body) > MAX_ERROR_BYTES:
-            break
+            source.stop()
+
+    await source.push(take)
     details = None
     with suppress(ValueError):
         details = from_json(_decompress(bytes(body)) if compressed else bytes(body))

@@ -33,6 +33,7 @@ from sessions import (
     Session,
     SessionStore,
     Turn,
+    is_blank,
     new_session,
     trim_history,
 )
@@ -105,7 +106,8 @@ return {{owner, began, ends, redis.call('LRANGE', KEYS[2], 0, -1)}}
 # Store a turn and unlock the session. The script deletes the lock first, so the session is
 # unlocked even if a later command fails.
 # ARGV: the lock's token ("" for a session that is not stored yet), the owner, the time to live;
-# with a turn: the number of turns to retain, its duration, and its JSON without the times.
+# with a turn: its duration and its JSON without the times; if the stored turns are not the turns to
+# retain: 'rewrite' and the JSON of each turn to retain.
 END = f"""{NOW}
 if ARGV[1] ~= '' then
   if redis.call('GET', KEYS[3]) ~= ARGV[1] then
@@ -113,14 +115,19 @@ if ARGV[1] ~= '' then
   end
   redis.call('DEL', KEYS[3])
 end
-local message_at = now - (ARGV[5] or 0)
+local message_at = now - (ARGV[4] or 0)
 if redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1 then
   redis.call('HSET', KEYS[1], 'began', message_at, 'ends', now + ARGV[3])
 end
-if ARGV[4] then
+if ARGV[5] then
+  if ARGV[6] then
+    redis.call('DEL', KEYS[2])
+  end
+  for number = 7, #ARGV do
+    redis.call('RPUSH', KEYS[2], ARGV[number])
+  end
   local times = string.format(',%.3f,%.3f]', message_at / 1000, now / 1000)
-  redis.call('RPUSH', KEYS[2], ARGV[6] .. times)
-  redis.call('LTRIM', KEYS[2], -ARGV[4], -1)
+  redis.call('RPUSH', KEYS[2], ARGV[5] .. times)
   redis.call('HSET', KEYS[1], 'ends', now + ARGV[3])
 end
 local ends = redis.call('HGET', KEYS[1], 'ends')
@@ -287,8 +294,9 @@ class RedisStore(SessionStore):
         self._client = client
         self._ttl = ttl
         self._max_chars = max_chars
-        # The keys of the sessions that this process has open, by lock token.
-        self._locked: dict[str, Sequence[str]] = {}
+        # The sessions that this process has open, by lock token: their keys and how many turns are
+        # stored.
+        self._locked: dict[str, tuple[Sequence[str], int]] = {}
         self._renewal: asyncio.Task[None] | None = None
 
     async def open(self, owner: str, session_id: str | None) -> Session:
@@ -296,26 +304,28 @@ class RedisStore(SessionStore):
             return new_session(owner, time.time(), self._ttl)
         token = secrets.token_urlsafe(16)
         ttl = () if ISSUED_ID.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
-        session = await self._load(owner, session_id, token, LEASE_MILLISECONDS, *ttl)
-        self._locked[token] = _keys(owner, session_id)
+        session, count = await self._load(owner, session_id, token, LEASE_MILLISECONDS, *ttl)
+        self._locked[token] = _keys(owner, session_id), count
         if self._renewal is None or self._renewal.done():
             self._renewal = asyncio.create_task(self._renew_leases())
         return session._replace(generation=token)
 
     async def end(self, session: Session, turn: Turn | None) -> None:
         token = str(session.generation or "")
-        self._locked.pop(token, None)
-        stored: tuple[int, int, bytes] | tuple[()] = ()
-        if turn is not None:
-            count = len(trim_history([*session.turns, turn], self._max_chars))
+        keys, count = self._locked.pop(token, (_keys(session.owner, session.id), 0))
+        args: list[str | bytes | int] = [token, session.owner, math.ceil(self._ttl * 1000)]
+        if turn is not None and not is_blank(turn):
             duration = max(0, round((turn.response_at - turn.message_at) * 1000))
-            stored = (count, duration, to_json(turn[:3])[:-1])
-        keys, ttl = _keys(session.owner, session.id), math.ceil(self._ttl * 1000)
-        if await self._client.call(END, keys, token, session.owner, ttl, *stored) == b"lost":
+            args += [duration, to_json(turn[:3])[:-1]]
+            *retained, _ = trim_history([*session.turns, turn], self._max_chars)
+            if len(retained) != count:
+                args += ["rewrite", *map(to_json, retained)]
+        if await self._client.call(END, keys, *args) == b"lost":
             raise ServiceError("state_unavailable", LOST)
 
     async def read(self, owner: str, session_id: str) -> Session:
-        return await self._load(owner, session_id)
+        session, _ = await self._load(owner, session_id)
+        return session
 
     async def delete(self, owner: str, session_id: str) -> None:
         _raise_if_rejected(await self._client.call(DELETE, _keys(owner, session_id), owner))
@@ -331,19 +341,20 @@ class RedisStore(SessionStore):
             self._renewal.cancel()
         await self._client.aclose()
 
-    async def _load(self, owner: str, session_id: str, *lock: str | int) -> Session:
+    async def _load(self, owner: str, session_id: str, *lock: str | int) -> tuple[Session, int]:
+        """Return the session and how many turns are stored, which may be more than it retains."""
         reply = await self._client.call(OPEN, _keys(owner, session_id), owner, *lock)
         stored_owner, began, ends, turns = _raise_if_rejected(reply)
-        history = [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))]
+        history = (Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns)))
         retained = trim_history(history, self._max_chars)
         times = int(began) / 1000, int(ends) / 1000
-        return Session(session_id, stored_owner.decode(), None, *times, retained)
+        return Session(session_id, stored_owner.decode(), None, *times, retained), len(turns)
 
     async def _renew_leases(self) -> None:
         """Renew the leases of all open sessions, until there are none."""
         while self._locked:
             await asyncio.sleep(LEASE_MILLISECONDS / 4000)
-            keys = [key for keys in self._locked.values() for key in keys]
+            keys = [key for keys, _ in self._locked.values() for key in keys]
             # A failed renewal is tried again before the lease expires.
             with suppress(ServiceError):
                 await self._client.call(RENEW, keys, LEASE_MILLISECONDS, *self._locked)

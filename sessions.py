@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -89,7 +89,11 @@ class SessionStore(Protocol):
         """
 
     async def end(self, session: Session, turn: Turn | None) -> None:
-        """Append the turn, if there is one, drop turns that no longer fit, and unlock the session.
+        """Store the turn, if there is one, and unlock the session.
+
+        The new history is `session.turns` and the turn, trimmed. So a caller that passes a session
+        with fewer turns than `open` returned drops the others, in the same step. A blank turn
+        counts as none, and without a turn the history does not change.
 
         Unlocks the session even if it raises. Raises state_unavailable and stores nothing if the
         session no longer exists or its lock was lost.
@@ -122,14 +126,26 @@ def allowed_owners(owner: str, session_id: str) -> tuple[str, str]:
     return (owner, ANYONE if ISSUED_ID.fullmatch(session_id) else owner)
 
 
-def trim_history(turns: Sequence[Turn], max_chars: int) -> Sequence[Turn]:
-    """Return the newest turns that fit in `max_chars` characters, at least the newest one."""
-    chars = 0
-    for count, turn in enumerate(reversed(turns)):
-        chars += len(turn.message) + len(turn.response)
-        if chars > max_chars and count:
-            return turns[len(turns) - count :]
-    return turns
+def is_blank(turn: Turn) -> bool:
+    """Return whether the response is only white space. Providers reject such messages."""
+    return not turn.response.strip()
+
+
+def trim_history(turns: Iterable[Turn], max_chars: int) -> Sequence[Turn]:
+    """Return the turns that a session retains, without blank ones.
+
+    If they have more than `max_chars` characters, the oldest are dropped until half of that is
+    left, but never the newest. Dropping many at a time keeps the start of the history the same for
+    several turns, so the provider's prompt cache works.
+    """
+    retained = [turn for turn in turns if not is_blank(turn)]
+    sizes = [len(turn.message) + len(turn.response) for turn in retained]
+    chars, dropped = sum(sizes), 0
+    if chars > max_chars:
+        while chars > max_chars // 2 and dropped < len(retained) - 1:
+            chars -= sizes[dropped]
+            dropped += 1
+    return retained[dropped:]
 
 
 # `turns` is a JSON list, bounded by HISTORY_MAX_CHARS, so every operation touches a single row.
@@ -247,7 +263,7 @@ class SQLiteStore(SessionStore):
         if row is None or (row[3] <= self._clock() and row[1] not in self._busy):
             return None
         owner, generation, created_at, expires_at, turns = row
-        history = trim_history([Turn(*turn) for turn in from_json(turns)], self._max_chars)
+        history = trim_history((Turn(*turn) for turn in from_json(turns)), self._max_chars)
         return Session(session_id, owner, generation, created_at, expires_at, history)
 
     def _create(self, session: Session) -> Session:
@@ -259,6 +275,7 @@ class SQLiteStore(SessionStore):
 
     def _end(self, session: Session, turn: Turn | None) -> None:
         try:
+            turn = None if turn is None or is_blank(turn) else turn
             turns = [*session.turns, turn] if turn else session.turns
             expires_at = (turn.response_at if turn else self._clock()) + self._ttl
             session = session._replace(

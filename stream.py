@@ -245,7 +245,7 @@ class EventStream(ClientStream, Sink):
         self._before_chunk = b'data: {"chunk":'
         self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
         self._chunks: list[str] = []
-        self._sent_bytes = 0
+        self._sent_bytes = self._text_bytes = 0
         # Since when the provider has been silent.
         self._waiting_since = 0.0
         self._resume_provider: Callable[[], None] | None = None
@@ -280,12 +280,12 @@ class EventStream(ClientStream, Sink):
         events = b"".join([before + to_json(chunk) + after for chunk in chunks])
         if not events.isascii():
             events = escape_line_separators(events)
+        self._sent_bytes += len(events)
+        self._text_bytes += len(events) - len(chunks) * (len(before) + len(after))
+        if self._sent_bytes > MAX_SENT_BYTES or self._text_bytes > MAX_TEXT_BYTES:
+            raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
         self._chunks += chunks
         self.report.chunks += len(chunks)
-        self._sent_bytes += len(events)
-        framing = self.report.chunks * (len(before) + len(after))
-        if self._sent_bytes > MAX_SENT_BYTES or self._sent_bytes - framing > MAX_TEXT_BYTES:
-            raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
         self._write(events)
 
     def _resume(self) -> None:

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.lowlevel import checkpoint
 
-from tests.client import CANARY, Client, Response
-from tests.conftest import TIMEOUT_SECONDS, RunningService, running_service
+from tests.client import Client, Response
+from tests.conftest import TIMEOUT_SECONDS, RunningService, openai_env, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
 SESSION = "mine"
@@ -39,12 +39,7 @@ def expected_level(outcome: str) -> str:
 
 def provider_env(url: str) -> dict[str, str]:
     """Return settings with one provider at `url`, without retries and rate limit."""
-    return {
-        "OPENAI_API_KEY": CANARY,
-        "OPENAI_BASE_URL": url,
-        "RATE_LIMIT": "off",
-        "MAX_RETRIES": "0",
-    }
+    return openai_env(url, RATE_LIMIT="off")
 
 
 def count_open_files() -> int:

@@ -1,6 +1,7 @@
 """The rules of `SessionStore`, for SQLite in a file, SQLite in memory and a real Redis."""
 
 import asyncio
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
@@ -72,6 +73,10 @@ class Backend(ABC):
         """Check how many sessions and turns the database contains."""
 
     @abstractmethod
+    def append_turn(self, turn: Turn) -> None:
+        """Append a turn to the only stored session, as an earlier release did."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Delete all sessions and their locks."""
 
@@ -100,6 +105,13 @@ class SQLiteBackend(Backend):
             sessions,
             turns,
         )
+
+    def append_turn(self, turn: Turn) -> None:
+        with connect(self.path) as db:
+            db.execute(
+                "UPDATE session SET turns = json_insert(turns, '$[#]', json(?))",
+                (json.dumps(turn),),
+            )
 
     def clear(self) -> None:
         with connect(self.path) as db:
@@ -160,6 +172,10 @@ class RedisBackend(Backend):
         lengths = [self.shell.llen(key) for key in keys if key.startswith("chat:turns:")]
         found = [key for key in keys if key.startswith("chat:session:")]
         assert (len(found), sum(map(int, lengths))) == (sessions, turns)
+
+    def append_turn(self, turn: Turn) -> None:
+        [key] = self.shell.scan_iter("chat:turns:*")
+        self.shell.rpush(key, json.dumps(turn))
 
     def clear(self) -> None:
         self.shell.flushdb()
@@ -250,16 +266,19 @@ async def test_response_without_text_leaves_a_session_without_turns(
 @pytest.mark.parametrize(
     ("sizes", "retained"),
     [
+        # MAX_CHARS is 1000.
         ([400, 300, 300], [400, 300, 300]),
-        ([400, 300, 301], [300, 301]),
-        ([1, 999, 1], [999, 1]),
+        ([501, 300, 200], [300, 200]),
+        ([400, 101, 300, 200], [300, 200]),
+        ([400, 101, 300, 201], [201]),
+        ([2, 996, 3], [3]),
         ([400, 300, 1000], [1000]),
         ([400, 300, 5000], [5000]),
-        ([5000, 1], [1]),
+        ([5000, 2], [2]),
         ([400, 5000, 300, 200], [300, 200]),
     ],
 )
-async def test_session_retains_the_newest_turns_that_fit_and_always_the_newest(
+async def test_history_that_no_longer_fits_is_trimmed_to_half_but_always_has_the_newest_turn(
     store: SessionStore, backend: Backend, sizes: Sequence[int], retained: list[int]
 ) -> None:
     for size in sizes:
@@ -273,28 +292,79 @@ async def test_session_retains_the_newest_turns_that_fit_and_always_the_newest(
 
 
 @pytest.mark.parametrize("backend", DURABLE, indirect=True)
-async def test_smaller_history_max_chars_applies_to_stored_sessions(
-    backend: Backend, store: SessionStore
-) -> None:
-    await store_turns(store, "mine", *(make_turn(name * 100, "") for name in "abc"))
-    async with open_store(backend, max_chars=250) as smaller:
-        session = await smaller.open(CALLER, "mine")
-        assert [turn.message[0] for turn in session.turns] == ["b", "c"]
-        await smaller.end(session, make_turn("d" * 100, ""))
-        assert [text[0] for text in await stored_messages(smaller, "mine")] == ["c", "d"]
-    backend.assert_stored(1, 2)
+async def test_smaller_history_max_chars_applies_to_stored_sessions(backend: Backend) -> None:
+    async with open_store(backend) as store:
+        await store_turns(store, "mine", *(make_turn(name * 90, name * 10) for name in "abcde"))
+    async with open_store(backend, max_chars=450) as store:
+        session = await store.open(CALLER, "mine")
+        assert [turn.message[0] for turn in session.turns] == ["d", "e"]
+        await store.end(session, make_turn("f" * 100))
+        assert [text[0] for text in await stored_messages(store, "mine")] == ["d", "e", "f"]
+        backend.assert_stored(1, 3)
 
 
-async def test_history_stays_bounded_over_a_thousand_turns(
+async def test_start_of_the_history_changes_only_when_it_is_trimmed(
     store: SessionStore, backend: Backend
 ) -> None:
-    for number in range(1, 1001):
+    oldest = ["0"]
+    for number in range(1000):
         session = await store.open(CALLER, "mine")
-        await store.end(session, make_turn(f"{number:0100}", ""))
-        if number in (11, 1000):
-            assert len(session.turns) == 10
-            assert sum(map(count_chars, session.turns)) == 1000
-            backend.assert_stored(1, 10)
+        assert sum(map(count_chars, session.turns)) <= MAX_CHARS
+        if session.turns and session.turns[0].message != oldest[-1]:
+            oldest.append(session.turns[0].message)
+        await store.end(session, make_turn(str(number), "x" * (100 - len(str(number)))))
+    # Ten turns fit. The eleventh leaves five, so every sixth turn trims the history.
+    assert oldest == [str(number) for number in range(0, 996, 6)]
+    backend.assert_stored(1, len(session.turns) + 1)
+
+
+async def test_end_replaces_the_history_with_the_turns_of_the_session(
+    store: SessionStore, backend: Backend
+) -> None:
+    await store_turns(store, "mine", *(make_turn(name) for name in "abcd"))
+    without_last, nothing = slice(-1), slice(0)
+    steps = [
+        (without_last, make_turn("e"), ["a", "b", "c", "e"]),
+        (slice(2, None), make_turn("f"), ["c", "e", "f"]),
+        # Without a turn, or with a blank one, nothing changes.
+        (without_last, None, ["c", "e", "f"]),
+        (without_last, make_turn("g", " \n"), ["c", "e", "f"]),
+        (nothing, make_turn("h"), ["h"]),
+        (nothing, make_turn("i"), ["i"]),
+        (slice(None), make_turn("j"), ["i", "j"]),
+    ]
+    for passed, turn, expected in steps:
+        session = await store.open(CALLER, "mine")
+        await store.end(session._replace(turns=session.turns[passed]), turn)
+        assert await stored_messages(store, "mine") == expected
+        backend.assert_stored(1, len(expected))
+
+
+@pytest.mark.parametrize("response", ["", "\n\n", "\u2003\t\x85 "])
+@pytest.mark.parametrize("session_id", ["mine", None])
+async def test_blank_turn_is_not_stored_but_its_session_is(
+    store: SessionStore, session_id: str | None, response: str
+) -> None:
+    session_id = await store_turns(store, session_id, make_turn("blank", response))
+    assert await stored_messages(store, session_id) == []
+    await store_turns(store, session_id, make_turn("one"), make_turn("blank", response))
+    assert await stored_messages(store, session_id) == ["one"]
+
+
+@pytest.mark.parametrize("backend", DURABLE, indirect=True)
+async def test_stored_blank_turns_are_skipped_and_dropped_with_the_next_turn(
+    store: SessionStore, backend: Backend
+) -> None:
+    await store_turns(store, "mine", make_turn("one"))
+    for turn in (make_turn("blank", "\n"), make_turn("two"), make_turn("blank", "")):
+        backend.append_turn(turn)
+    assert await stored_messages(store, "mine") == ["one", "two"]
+    session = await store.open(CALLER, "mine")
+    assert [turn.message for turn in session.turns] == ["one", "two"]
+    backend.assert_stored(1, 4)
+    await store.end(session, make_turn("three"))
+    assert await stored_messages(store, "mine") == ["one", "two", "three"]
+    backend.assert_stored(1, 3)
 
 
 # ---- owners
@@ -528,10 +598,15 @@ class Model(RuleBasedStateMachine):
         session, known = self.take_running(data)
         turn = Turn(message, response, complete, self.backend.now - 1, self.backend.now)
         self.runner.run(self.store.end(session, turn))
-        known.turns.append(turn)
-        while len(known.turns) > 1 and sum(map(count_chars, known.turns)) > MODEL_MAX_CHARS:
-            known.turns.pop(0)
-        known.expires_at = self.now + TTL
+        if response.strip():
+            known.turns.append(turn)
+            if sum(map(count_chars, known.turns)) > MODEL_MAX_CHARS:
+                while len(known.turns) > 1 and (
+                    sum(map(count_chars, known.turns)) > MODEL_MAX_CHARS // 2
+                ):
+                    known.turns.pop(0)
+        if response.strip() or not known.stored:
+            known.expires_at = self.now + TTL
         known.busy, known.stored = False, True
 
     @precondition(lambda self: self.running)
