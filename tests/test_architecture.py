@@ -26,7 +26,8 @@ IMPORTS = {
     "openai_stream": {"errors"},
     "telemetry": {"errors"},
     "ratelimit": {"errors", "settings"},
-    "sessions": {"errors", "settings"},
+    "database": {"settings"},
+    "sessions": {"database", "errors"},
     "server": {"errors", "settings"},
     "providers": {"errors", "http_client", "openai_stream", "settings", "telemetry"},
     "stream": {
