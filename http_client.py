@@ -1,8 +1,8 @@
 """An HTTP/1.1 client for providers: an httpx transport on asyncio and httptools.
 
 `ResponseBody.push` calls a function with the bytes of a response inside the event loop's read
-callback, so that no task has to wake for an event of a stream. Iterating a body, as httpx does,
-works too. There are no redirects, cookies, HTTP/2 or decompression.
+callback, so that no task has to wake for an event of a stream. There are no redirects, cookies,
+HTTP/2 or decompression.
 """
 
 import asyncio
@@ -14,7 +14,8 @@ import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from itertools import chain, zip_longest
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import anyio
@@ -36,34 +37,33 @@ STALE_SECONDS = 1.0
 # RFC 8305, section 8: how long to wait for one address before the next is tried as well.
 ADDRESS_DELAY_SECONDS = 0.25
 
-Address = tuple[socket.AddressFamily, Any]
+
+class StaleConnectionError(httpx.RemoteProtocolError):
+    """The server closed the connection before it read the request."""
 
 
 class ResponseBody(httpx.AsyncByteStream):
     """One response as it arrives on a connection. `head` is done when its headers are complete.
 
-    The body is read once, either by `push` or by iteration.
+    The body is read once: by `push`, or by iteration if it is small enough for memory.
     """
 
     def __init__(self, connection: "Connection") -> None:
         self._connection = connection
         self._parser = httptools.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
         self.head: asyncio.Future[None] = self._loop.create_future()
+        # Done when nothing more is read: the body is complete, has failed, or was stopped.
+        self._end: asyncio.Future[None] = self._loop.create_future()
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.received = False
         self._interim_responses = 0
+        self._received_bytes = 0
         self._overhead_bytes = 0
         self._parts: list[bytes] = []
-        self._held = bytearray()
         self._consume: Callable[[bytes], None] | None = None
-        # Set whenever a waiting reader has to look again: bytes are held, or the body has ended.
-        self._changed: asyncio.Future[None] | None = None
         self._complete = self._stopped = self._reusable = False
-        self._error: Exception | None = None
-
-    # Reading
 
     async def push(self, consume: Callable[[bytes], None]) -> None:
         """Call `consume` with the body's bytes as they arrive; return at its end or after `stop`.
@@ -71,33 +71,21 @@ class ResponseBody(httpx.AsyncByteStream):
         An exception in `consume` ends the response and is raised here, as is httpx.TransportError
         if the body is cut short.
         """
-        if self._held:
-            held, self._held = bytes(self._held), bytearray()
-            consume(held)
         self._consume = consume
+        self._deliver(consume)
         self.resume()
-        while not (self._complete or self._stopped or self._error):
-            await self._wait()
-        if self._error and not self._stopped:
-            raise self._error
+        await self._end
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            if self._held:
-                held, self._held = bytes(self._held), bytearray()
-                self.resume()
-                yield held
-            elif self._complete:
-                return
-            elif self._error:
-                raise self._error
-            else:
-                await self._wait()
+        body = bytearray()
+        await self.push(body.extend)
+        yield bytes(body)
 
     def stop(self) -> None:
         """Let `push` return now. What is still to come of the body is not read."""
         self._stopped = True
-        self._notify()
+        if not self._end.done():
+            self._end.set_result(None)
 
     def pause(self) -> None:
         """Stop reading from the connection until `resume`."""
@@ -113,19 +101,11 @@ class ResponseBody(httpx.AsyncByteStream):
         """
         self._connection.finish(reusable=self._complete and self._reusable)
 
-    async def _wait(self) -> None:
-        self._changed = self._loop.create_future()
-        await self._changed
-
-    def _notify(self) -> None:
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
-
     # Called by the connection
 
     def feed(self, data: bytes) -> None:
         """Parse what arrived and pass on the bytes of the body."""
-        self.received = True
+        self._received_bytes += len(data)
         self._overhead_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -134,55 +114,52 @@ class ResponseBody(httpx.AsyncByteStream):
             self._reusable = False
             self.fail(httpx.RemoteProtocolError(f"The response is not valid HTTP/1.1: {error}"))
         if self._parts:
-            body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            self._parts.clear()
             self._overhead_bytes = 0
-            self._deliver(body)
         elif self._overhead_bytes > MAX_OVERHEAD_BYTES:
             problem = f"more than {MAX_OVERHEAD_BYTES} bytes of headers, chunk sizes or trailers"
             self.fail(httpx.RemoteProtocolError(f"The response has {problem}"))
-        if self._complete:
-            self._notify()
+        if self._consume is not None:
+            self._deliver(self._consume)
+        elif sum(map(len, self._parts)) > MAX_HELD_BYTES:
+            self.pause()
 
-    def _deliver(self, body: bytes) -> None:
-        if self._stopped or self._error:
-            return
-        if self._consume is None:
-            self._held += body
-            if len(self._held) > MAX_HELD_BYTES:
-                self.pause()
-            self._notify()
-            return
-        try:
-            self._consume(body)
-        except Exception as error:
-            self.fail(error)
+    def _deliver(self, consume: Callable[[bytes], None]) -> None:
+        """Pass on the parts of the body that have arrived."""
+        body = b"".join(self._parts)
+        self._parts.clear()
+        if body and not self._stopped:
+            try:
+                consume(body)
+            except Exception as error:
+                self._stopped = True
+                self.fail(error)
+        if self._complete:
+            self.stop()
 
     def fail(self, error: Exception) -> None:
-        """End the response with `error`, unless it is complete or has failed before."""
-        if self._complete or self._error:
-            return
-        self._error = error
-        if not self.head.done():
-            self.head.set_exception(error)
-        self._notify()
+        """End the response with `error`, unless it is complete."""
+        for future in (self.head, self._end):
+            if not (future.done() or (self._complete and not self._stopped)):
+                future.set_exception(error)
+                # Marks it as retrieved: nothing may be waiting for it.
+                future.exception()
 
     def connection_lost(self, error: Exception | None) -> None:
         """End the response: with an error, unless the end of the connection is its end."""
-        if error is None and self.head.done() and self._until_close:
+        names = {name.lower() for name, _ in self.headers}
+        # RFC 9112, section 6.3, rule 8.
+        until_close = not names & {b"content-length", b"transfer-encoding"}
+        if error is None and self.head.done() and until_close:
             self._complete = True
-            self._notify()
+            if self._consume is not None:
+                self.stop()
             return
         problem = "The connection was closed before the response was complete"
-        failure = httpx.ReadError(problem) if error else httpx.RemoteProtocolError(problem)
+        failure: httpx.TransportError = httpx.ReadError(problem)
+        if not self._received_bytes and self._loop.time() - self._sent_at < STALE_SECONDS:
+            failure = StaleConnectionError(problem)
         failure.__cause__ = error
         self.fail(failure)
-
-    @property
-    def _until_close(self) -> bool:
-        """Whether the body ends with the connection (RFC 9112, section 6.3, rule 8)."""
-        names = [name.lower() for name, _ in self.headers]
-        return not (b"content-length" in names or b"transfer-encoding" in names)
 
     # Called by httptools
 
@@ -209,7 +186,7 @@ class ResponseBody(httpx.AsyncByteStream):
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self.head.done() and not self._error:
+        if self.status:
             self._reusable = self._parser.should_keep_alive() and not self._complete
             self._complete = True
 
@@ -226,11 +203,12 @@ class Connection(asyncio.Protocol):
         self._on_idle = on_idle
         self._response: ResponseBody | None = None
         self._reading = True
-        self.closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # asyncio declares only what read, write and datagram transports have in common.
         self.transport = cast(asyncio.Transport, transport)
+        self._readable = select.poll()
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def send(self, request: bytes) -> ResponseBody:
         """Send a whole request and return its response, of which nothing has arrived yet."""
@@ -241,12 +219,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._response is None:
             # No request is running: the server is confused, or about to close.
-            self.abort()
+            self.transport.abort()
         else:
             self._response.feed(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.closed = True
         if self._response is not None:
             self._response.connection_lost(exc)
 
@@ -261,123 +238,87 @@ class Connection(asyncio.Protocol):
 
     def finish(self, *, reusable: bool) -> None:
         """End the exchange. The connection becomes idle if it is reusable, else it is closed."""
-        if self._response is None:
-            return
         self._response = None
         # A connection that does not read would never notice that the server closes it.
         self.set_reading(True)
         if reusable and not self.transport.is_closing():
             self._on_idle(self)
         else:
-            self.abort()
-
-    def abort(self) -> None:
-        self.closed = True
-        self.transport.abort()
+            self.transport.abort()
 
     def is_alive(self) -> bool:
         """Return whether an idle connection can be used: open, and with nothing to read.
 
         Bytes or an end that the event loop has not seen yet make a socket readable.
         """
-        if self.closed or self.transport.is_closing():
-            return False
-        readable = select.poll()
-        readable.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not readable.poll(0)
+        return not (self.transport.is_closing() or self._readable.poll(0))
 
 
 class HTTPTransport(httpx.AsyncBaseTransport):
     """Sends requests over kept connections, directly or through an HTTP proxy.
 
-    The response's extension `body` is its `ResponseBody`. Of a request's timeouts only `connect`
-    applies. It covers name resolution, all addresses, the proxy and TLS. The rest is the caller's.
+    A request brings its own Host and Content-Length headers. The response's extension `body` is its
+    `ResponseBody`. Of a request's timeouts only `connect` applies. It covers name resolution, all
+    addresses, the proxy and TLS; the rest is up to the caller.
     """
 
     def __init__(self, tls: ssl.SSLContext, proxy: httpx.Proxy | None = None) -> None:
         self._tls = tls
         self._proxy = proxy
+        self._proxy_headers: list[tuple[bytes, bytes]] = []
+        if proxy is not None and proxy.raw_auth is not None:
+            credentials = b"Basic " + base64.b64encode(b":".join(proxy.raw_auth))
+            self._proxy_headers.append((b"Proxy-Authorization", credentials))
         # By origin; the connection that was used last is used first, so that others can expire.
-        self._idle: defaultdict[str, list[tuple[Connection, asyncio.TimerHandle]]]
+        self._idle: defaultdict[tuple[str, bytes], list[tuple[Connection, asyncio.TimerHandle]]]
         self._idle = defaultdict(list)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` and return when the head of its response has arrived."""
-        message = self._encode(request, await request.aread())
-        now = asyncio.get_running_loop().time
+        message = self._encode(request) + await request.aread()
         connection = self._take_idle(request.url)
         if connection is not None:
-            sent_at = now()
-            response = connection.send(message)
-            try:
-                await response.head
-                return self._wrap(response)
-            except httpx.TransportError:
-                connection.finish(reusable=False)
-                if response.received or now() - sent_at > STALE_SECONDS:
-                    raise
-            except BaseException:
-                connection.finish(reusable=False)
-                raise
-        connection = await self._connect(request)
+            with suppress(StaleConnectionError):
+                return await self._exchange(connection, message)
+        return await self._exchange(await self._connect(request), message)
+
+    async def _exchange(self, connection: Connection, message: bytes) -> httpx.Response:
         response = connection.send(message)
         try:
             await response.head
         except BaseException:
             connection.finish(reusable=False)
             raise
-        return self._wrap(response)
-
-    def _wrap(self, response: ResponseBody) -> httpx.Response:
         extensions = {"http_version": b"HTTP/1.1", "body": response}
         return httpx.Response(
             response.status, headers=response.headers, stream=response, extensions=extensions
         )
 
     async def aclose(self) -> None:
-        for connections in self._idle.values():
-            for connection, expiry in connections:
-                expiry.cancel()
-                connection.abort()
+        for connection, expiry in chain.from_iterable(self._idle.values()):
+            expiry.cancel()
+            connection.transport.abort()
         self._idle.clear()
 
-    def _encode(self, request: httpx.Request, body: bytes) -> bytes:
-        """The bytes of a request: head and body in one write."""
-        url = request.url
-        target = url.raw_path
-        headers = request.headers.raw
-        if self._proxy is not None and url.scheme == "http":
+    def _encode(self, request: httpx.Request) -> bytes:
+        """Return the head of a request. Raise httpx.LocalProtocolError for an invalid header."""
+        target, headers = request.url.raw_path, request.headers.raw
+        if self._proxy is not None and request.url.scheme == "http":
             # RFC 9112, section 3.2.2: a proxy is sent the absolute form.
-            target = _origin(url).encode() + target
-            headers = [*headers, *self._proxy_headers()]
-        names = {name.lower() for name, _ in headers}
-        if b"host" not in names:
-            headers = [(b"Host", url.netloc), *headers]
-        if b"content-length" not in names and (body or request.method in ("POST", "PUT", "PATCH")):
-            headers = [*headers, (b"Content-Length", b"%d" % len(body))]
-        lines = [b"%b %b HTTP/1.1" % (request.method.encode(), target)]
-        lines += [b"%b: %b" % header for header in headers]
-        head = b"\r\n".join(lines)
-        if head.count(b"\n") >= len(lines) or head.count(b"\r") >= len(lines):
-            raise httpx.LocalProtocolError("A header of the request contains a line break")
-        return head + b"\r\n\r\n" + body
-
-    def _proxy_headers(self) -> list[tuple[bytes, bytes]]:
-        if self._proxy is None or self._proxy.raw_auth is None:
-            return []
-        credentials = base64.b64encode(b":".join(self._proxy.raw_auth))
-        return [(b"Proxy-Authorization", b"Basic " + credentials)]
+            target = str(request.url).encode()
+            headers = [*headers, *self._proxy_headers]
+        return encode_head(b"%b %b HTTP/1.1" % (request.method.encode(), target), headers)
 
     # Connections
 
     def _take_idle(self, url: httpx.URL) -> Connection | None:
-        connections = self._idle[_origin(url)]
+        connections = self._idle[url.scheme, url.netloc]
         while connections:
             connection, expiry = connections.pop()
             expiry.cancel()
             if connection.is_alive():
                 return connection
-            connection.abort()
+            connection.transport.abort()
         return None
 
     async def _connect(self, request: httpx.Request) -> Connection:
@@ -385,9 +326,8 @@ class HTTPTransport(httpx.AsyncBaseTransport):
 
         Raise httpx.ConnectTimeout, httpx.ConnectError or httpx.ProxyError.
         """
-        seconds = request.extensions.get("timeout", {}).get("connect")
         try:
-            with anyio.fail_after(seconds):
+            with anyio.fail_after(request.extensions.get("timeout", {}).get("connect")):
                 return await self._open(request.url)
         except TimeoutError as error:
             raise httpx.ConnectTimeout("The connection took too long") from error
@@ -396,39 +336,37 @@ class HTTPTransport(httpx.AsyncBaseTransport):
 
     async def _open(self, url: httpx.URL) -> Connection:
         loop = asyncio.get_running_loop()
-        connections = self._idle[_origin(url)]
+        connections = self._idle[url.scheme, url.netloc]
 
         def keep(connection: Connection) -> None:
-            expiry = loop.call_later(IDLE_SECONDS, connection.abort)
+            expiry = loop.call_later(IDLE_SECONDS, connection.transport.abort)
             connections.append((connection, expiry))
 
+        server = url if self._proxy is None else self._proxy.url
         secure = url.scheme == "https"
-        server = self._proxy.url if self._proxy is not None else url
-        open_socket = await connect_to_any(server.host, _port(server))
-        tunnel = secure and self._proxy is not None
-        tls = self._tls if secure and not tunnel else None
+        tls = self._tls if secure and self._proxy is None else None
         _, connection = await loop.create_connection(
-            lambda: Connection(keep),
-            sock=open_socket,
+            partial(Connection, keep),
+            sock=await connect_socket(server.host, _port(server)),
             ssl=tls,
             server_hostname=url.host if tls else None,
         )
-        if tunnel:
+        if secure and self._proxy is not None:
             try:
                 return await self._start_tunnel(url, connection, keep)
             except BaseException:
-                connection.abort()
+                connection.transport.abort()
                 raise
         return connection
 
     async def _start_tunnel(
         self, url: httpx.URL, connection: Connection, keep: Callable[[Connection], None]
     ) -> Connection:
-        """Ask the proxy for a tunnel (RFC 9110, section 9.3.6) and start TLS in it."""
-        authority = f"{_bracketed(url.host)}:{_port(url)}".encode()
-        lines = [b"CONNECT %b HTTP/1.1" % authority, b"Host: %b" % authority]
-        lines += [b"%b: %b" % header for header in self._proxy_headers()]
-        response = connection.send(b"\r\n".join([*lines, b"", b""]))
+        """Request a tunnel from the proxy (RFC 9110, section 9.3.6) and start TLS in it."""
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        authority = f"{host}:{_port(url)}".encode()
+        headers = [(b"Host", authority), *self._proxy_headers]
+        response = connection.send(encode_head(b"CONNECT %b HTTP/1.1" % authority, headers))
         await response.head
         if not 200 <= response.status < 300:
             raise httpx.ProxyError(f"The proxy answered CONNECT with status {response.status}")
@@ -442,46 +380,52 @@ class HTTPTransport(httpx.AsyncBaseTransport):
         return secured
 
 
-async def connect_to_any(host: str, port: int) -> socket.socket:
+def encode_head(start_line: bytes, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the head of a request. Raise httpx.LocalProtocolError if a line break is in it."""
+    lines = [start_line, *[b"%b: %b" % header for header in headers]]
+    head = b"\r\n".join(lines)
+    if head.count(b"\n") >= len(lines) or head.count(b"\r") >= len(lines):
+        raise httpx.LocalProtocolError("A header of the request contains a line break")
+    return head + b"\r\n\r\n"
+
+
+async def connect_socket(host: str, port: int) -> socket.socket:
     """Return a socket that is connected to one of the host's addresses.
 
     The next address is tried when one fails or takes longer than ADDRESS_DELAY_SECONDS (RFC 8305);
-    the first to connect wins. Raise the last OSError if none does.
+    the first to connect wins. uvloop's create_connection would try one after the other.
     """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = _alternate([(family, address) for family, _, _, _, address in found])
-    attempts: set[asyncio.Task[socket.socket]] = set()
-    error: BaseException = OSError(f"{host} has no address")
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    connected: list[socket.socket] = []
+    failures: list[OSError] = []
+
+    async def attempt(family: socket.AddressFamily, address: Any, failed: anyio.Event) -> None:
+        try:
+            connected.append(await _connect_address(family, address))
+            tasks.cancel_scope.cancel()
+        except OSError as error:
+            failures.append(error)
+            failed.set()
+
     try:
-        while addresses or attempts:
-            if addresses:
-                attempts.add(loop.create_task(_connect_socket(*addresses.pop(0))))
-            delay = ADDRESS_DELAY_SECONDS if addresses else None
-            done, _ = await asyncio.wait(
-                attempts, timeout=delay, return_when=asyncio.FIRST_COMPLETED
-            )
-            for attempt in done:
-                attempts.discard(attempt)
-                failure = attempt.exception()
-                if failure is None:
-                    return attempt.result()
-                error = failure
-        raise error
-    finally:
-        for attempt in attempts:
-            attempt.cancel()
-            attempt.add_done_callback(_close_result)
+        async with anyio.create_task_group() as tasks:
+            for family, *_, address in found:
+                failed = anyio.Event()
+                tasks.start_soon(attempt, family, address, failed)
+                with anyio.move_on_after(ADDRESS_DELAY_SECONDS):
+                    await failed.wait()
+    except BaseException:
+        for each in connected:
+            each.close()
+        raise
+    for each in connected[1:]:
+        each.close()
+    if not connected:
+        raise failures[-1]
+    return connected[0]
 
 
-def _alternate(addresses: list[Address]) -> list[Address]:
-    """Alternate between the address families, beginning with that of the first address."""
-    same = [each for each in addresses if each[0] == addresses[0][0]]
-    other = [each for each in addresses if each[0] != addresses[0][0]]
-    return [each for each in chain.from_iterable(zip_longest(same, other)) if each is not None]
-
-
-async def _connect_socket(family: socket.AddressFamily, address: Any) -> socket.socket:
+async def _connect_address(family: socket.AddressFamily, address: Any) -> socket.socket:
     connecting = socket.socket(family, socket.SOCK_STREAM)
     try:
         connecting.setblocking(False)
@@ -493,22 +437,8 @@ async def _connect_socket(family: socket.AddressFamily, address: Any) -> socket.
     return connecting
 
 
-def _close_result(attempt: asyncio.Task[socket.socket]) -> None:
-    """Close the socket of an attempt that succeeded after another one had won."""
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
-
-
-def _origin(url: httpx.URL) -> str:
-    return f"{url.scheme}://{_bracketed(url.host)}:{_port(url)}"
-
-
 def _port(url: httpx.URL) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def bypasses_proxy(url: httpx.URL, no_proxy: str) -> bool:
@@ -517,21 +447,18 @@ def bypasses_proxy(url: httpx.URL, no_proxy: str) -> bool:
     An entry is `*`, a name (which includes its subdomains), an address or a network, each with an
     optional port. IPv6 addresses may have brackets.
     """
-    entries = no_proxy.lower().replace(",", " ").split()
-    return any(_matches(url, entry) for entry in entries)
+    return any(_matches(url, entry) for entry in no_proxy.lower().replace(",", " ").split())
 
 
 def _matches(url: httpx.URL, entry: str) -> bool:
-    if entry == "*":
-        return True
-    name, colon, port = entry.rpartition(":")
-    if colon and port.isdecimal() and (":" not in name or name.endswith("]")):
+    name, _, port = entry.rpartition(":")
+    if name and port.isdecimal() and (":" not in name or name.endswith("]")):
         if int(port) != _port(url):
             return False
         entry = name
-    entry = entry.strip("[]")
     with suppress(ValueError):
-        network = ipaddress.ip_network(entry, strict=False)
-        return ipaddress.ip_address(url.host) in network
-    domain = entry.removeprefix("*").lstrip(".")
-    return bool(domain) and (url.host == domain or url.host.endswith(f".{domain}"))
+        return ipaddress.ip_address(url.host) in ipaddress.ip_network(
+            entry.strip("[]"), strict=False
+        )
+    domain = entry.removeprefix("*").removeprefix(".")
+    return entry == "*" or url.host == domain or url.host.endswith(f".{domain}")

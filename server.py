@@ -221,6 +221,12 @@ class HTTPProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self._overhead_bytes > MAX_OVERHEAD_BYTES:
+            # Dropped while a response is still being sent; then the connection is closed.
+            self._overhead_bytes += len(data)
+            if self._overhead_bytes > MAX_DROPPED_BYTES:
+                reset_connection(self.transport)
+            return
         # httptools passes what follows an Upgrade header to the new protocol, so the body of a POST
         # by Java's client or `curl --http2` would be lost. The header is renamed, since no upgrade
         # is offered. Only a whole head is changed: a byte more in a body would turn its end into
@@ -232,8 +238,6 @@ class HTTPProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._overhead_bytes > MAX_OVERHEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of this request is too large.")
-            # Also where no response can be sent any more, nothing more is read.
-            self.transport.close()
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

@@ -80,105 +80,27 @@ SHARED_SESSION_ID = (
 
 
 @dataclass
-class Admission:
-    """Decides who the caller is and whether it may send a request now."""
+class Service:
+    """What the routes need, put together by `create_app`."""
 
     settings: Settings
+    router: Router
     limiters: Mapping[str, RateLimiter]
+    streams: StreamLimiter
+    drain: Drain
+    store: SessionStore
     metrics: telemetry.Metrics
     log: logging.Logger
     _warned: set[str] = field(default_factory=set)
 
-    async def admit(self, request: Request) -> Caller:
-        """Return the caller and take a token from its bucket.
+    # POST /api/v1/chat
 
-        Raise rate_limited or invalid_api_key. The response gets the RateLimit headers.
-        """
-        record: telemetry.RequestRecord = request.state.record
-        self._warn_about_hidden_clients(request)
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        bearer = scheme.lower() == "bearer"
-        key = authenticate(token.strip(), self.settings.api_keys) if bearer else None
-        host = request.client.host if request.client else None
-        caller = key or anonymous_caller(host)
-        record.fields |= {"caller": key.name} if key else {}
-        await self._take_token(failed_key_caller(host) if bearer and not key else caller, record)
-        if bearer and key is None:
-            raise ServiceError("invalid_api_key", "This API key is unknown. Check the key.")
-        if key is None and not self.settings.allow_anonymous:
-            problem = "An API key is required. Send the header Authorization: Bearer KEY."
-            raise ServiceError("invalid_api_key", problem)
-        return caller
-
-    async def _take_token(self, caller: Caller, record: telemetry.RequestRecord) -> None:
-        limiter = self.limiters.get(caller.kind)
-        if limiter is None:
-            return
-        decision = await limiter.take(caller)
-        limit, seconds = limiter.rate
-        remaining, retry_after = decision.remaining, decision.retry_after
-        record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
-        record.headers["RateLimit"] = f'"{caller.kind}";r={remaining};t={retry_after}'
-        if not decision.allowed:
-            self.metrics.rate_limited.labels(caller.kind).inc()
-            problem = f"Rate limit exceeded: {limit} requests per {seconds} s."
-            retry = f"Retry in {retry_after} s."
-            raise ServiceError("rate_limited", f"{problem} {retry}", retry_after=retry_after)
-
-    def _warn_about_hidden_clients(self, request: Request) -> None:
-        """Warn once about a proxy on this machine that is not trusted."""
-        host = request.client.host if request.client else ""
-        trusts_none = not self.settings.forwarded_allow_ips
-        if trusts_none and host in ("127.0.0.1", "::1") and "x-forwarded-for" in request.headers:
-            self._warn_once(HIDDEN_CLIENTS % (host, host))
-
-    def _warn_once(self, warning: str) -> None:
-        if warning not in self._warned:
-            self._warned.add(warning)
-            self.log.warning(warning)
-
-    def reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
-        """Raise invalid_request if several users could choose the same session id.
-
-        An id that the caller chooses is private to its address. Users of a proxy that forwards
-        requests without naming its clients have one address.
-        """
-        if caller.kind == "key" or ISSUED_ID.fullmatch(session_id):
-            return
-        forwarded = "x-forwarded-for" in request.headers or "forwarded" in request.headers
-        connection: ClientConnection = request.scope["extensions"][CONNECTION]
-        named = request.client is not None and request.client.host != connection.peer
-        if caller.name != "unknown" and (named or not forwarded):
-            return
-        if self.settings.forwarded_allow_ips:
-            self._warn_once(
-                f"The proxy at {connection.peer} forwards requests without X-Forwarded-For: all its"
-                " clients share one rate limit and may not choose session ids"
-            )
-        raise invalid_request(FieldProblem(field="session_id", message=SHARED_SESSION_ID))
-
-
-@dataclass
-class ChatEndpoint:
-    """POST /api/v1/chat, as a plain ASGI application.
-
-    The order of the checks is part of the API. Starlette's function endpoints would add a request
-    and a response object to each.
-    """
-
-    settings: Settings
-    admission: Admission
-    streams: StreamLimiter
-    router: Router
-    store: SessionStore
-    drain: Drain
-    metrics: telemetry.Metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer POST /api/v1/chat. The order of the checks is part of the API."""
         self.drain.check()
         request = Request(scope, receive)
         record: telemetry.RequestRecord = request.state.record
-        caller = await self.admission.admit(request)
+        caller = await self._admit(request)
         with ExitStack() as held:
             held.enter_context(self.streams.acquire(caller))
             body = await self._read_body(request)
@@ -186,7 +108,7 @@ class ChatEndpoint:
             targets = self.router.resolve(chat.model_id)
             record.fields["requested_model"] = targets[0].name
             if chat.session_id is not None:
-                self.admission.reject_shared_session_id(request, caller, chat.session_id)
+                self._reject_shared_session_id(request, caller, chat.session_id)
             session = await self.store.open(caller.owner, chat.session_id)
             record.fields["session"] = telemetry.short_hash(session.id)
             # From here on the stream frees slot and session, however it ends.
@@ -257,21 +179,83 @@ class ChatEndpoint:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
 
+    # Who sends a request, and whether it may
 
-@dataclass
-class Endpoints:
-    """The other routes that need more than a constant response."""
+    async def _admit(self, request: Request) -> Caller:
+        """Return the caller and take a token from its bucket.
 
-    admission: Admission
-    store: SessionStore
-    drain: Drain
-    metrics: telemetry.Metrics
+        Raise rate_limited or invalid_api_key. The response gets the RateLimit headers.
+        """
+        record: telemetry.RequestRecord = request.state.record
+        self._warn_about_hidden_clients(request)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = scheme.lower() == "bearer"
+        key = authenticate(token.strip(), self.settings.api_keys) if bearer else None
+        host = request.client.host if request.client else None
+        caller = key or anonymous_caller(host)
+        record.fields |= {"caller": key.name} if key else {}
+        await self._take_token(failed_key_caller(host) if bearer and not key else caller, record)
+        if bearer and key is None:
+            raise ServiceError("invalid_api_key", "This API key is unknown. Check the key.")
+        if key is None and not self.settings.allow_anonymous:
+            problem = "An API key is required. Send the header Authorization: Bearer KEY."
+            raise ServiceError("invalid_api_key", problem)
+        return caller
+
+    async def _take_token(self, caller: Caller, record: telemetry.RequestRecord) -> None:
+        limiter = self.limiters.get(caller.kind)
+        if limiter is None:
+            return
+        decision = await limiter.take(caller)
+        limit, seconds = limiter.rate
+        remaining, retry_after = decision.remaining, decision.retry_after
+        record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
+        record.headers["RateLimit"] = f'"{caller.kind}";r={remaining};t={retry_after}'
+        if not decision.allowed:
+            self.metrics.rate_limited.labels(caller.kind).inc()
+            problem = f"Rate limit exceeded: {limit} requests per {seconds} s."
+            retry = f"Retry in {retry_after} s."
+            raise ServiceError("rate_limited", f"{problem} {retry}", retry_after=retry_after)
+
+    def _warn_about_hidden_clients(self, request: Request) -> None:
+        """Warn once about a proxy on this machine that is not trusted."""
+        host = request.client.host if request.client else ""
+        trusts_none = not self.settings.forwarded_allow_ips
+        if trusts_none and host in ("127.0.0.1", "::1") and "x-forwarded-for" in request.headers:
+            self._warn_once(HIDDEN_CLIENTS % (host, host))
+
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            self.log.warning(warning)
+
+    def _reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
+        """Raise invalid_request if several users could choose the same session id.
+
+        An id that the caller chooses is private to its address. Users of a proxy that forwards
+        requests without naming its clients have one address.
+        """
+        if caller.kind == "key" or ISSUED_ID.fullmatch(session_id):
+            return
+        forwarded = "x-forwarded-for" in request.headers or "forwarded" in request.headers
+        connection: ClientConnection = request.scope["extensions"][CONNECTION]
+        named = request.client is not None and request.client.host != connection.peer
+        if caller.name != "unknown" and (named or not forwarded):
+            return
+        if self.settings.forwarded_allow_ips:
+            self._warn_once(
+                f"The proxy at {connection.peer} forwards requests without X-Forwarded-For: all its"
+                " clients share one rate limit and may not choose session ids"
+            )
+        raise invalid_request(FieldProblem(field="session_id", message=SHARED_SESSION_ID))
+
+    # The other routes
 
     async def session(self, request: Request) -> Response:
-        caller = await self.admission.admit(request)
+        caller = await self._admit(request)
         session_id: str = request.path_params["session_id"]
         request.state.record.fields["session"] = telemetry.short_hash(session_id)
-        self.admission.reject_shared_session_id(request, caller, session_id)
+        self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
             return Response(status_code=204)
@@ -295,6 +279,16 @@ class Endpoints:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@dataclass(frozen=True)
+class ASGIEndpoint:
+    """A function as an ASGI application, for a route without Starlette's request and response."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
 
 
 def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
@@ -414,20 +408,18 @@ def create_app(
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
     metrics.active_streams.set_function(lambda: streams.active)
-    admission = Admission(settings, limiters, metrics, log)
-    chat = ChatEndpoint(settings, admission, streams, router, store, drain, metrics)
-    endpoints = Endpoints(admission, store, drain, metrics)
+    service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [
-        Route("/api/v1/chat", chat, methods=["POST"]),
+        Route("/api/v1/chat", ASGIEndpoint(service.chat), methods=["POST"]),
         Route("/api/v1/models", JSONResponse(models), methods=["GET"]),
-        Route("/api/v1/sessions/{session_id}", endpoints.session, methods=["GET", "DELETE"]),
+        Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
-        Route("/readyz", endpoints.readyz),
+        Route("/readyz", service.readyz),
         static_route("/openapi.json", "openapi.json", "application/json"),
     ]
     if settings.metrics:
-        routes.append(Route("/metrics", endpoints.show_metrics))
+        routes.append(Route("/metrics", service.show_metrics))
     if settings.playground:
         routes += [
             static_route("/", "playground.html", "text/html"),
@@ -511,6 +503,11 @@ def main() -> None:
         action="store_true",
         help="exit with status 0 if the service with these settings is running and ready",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="show the effective settings, and test the providers, their models and STATE_URL",
+    )
     arguments = parser.parse_args()
     environment = {name: value for name, value in os.environ.items() if value.strip()}
     drain = Drain()
@@ -519,6 +516,12 @@ def main() -> None:
         settings = from_env({**file, **environment})
         if arguments.probe:
             sys.exit(probe(settings))
+        if arguments.check:
+            # Loaded only here.
+            from check import check
+
+            run = partial(check, settings, startup_warnings(settings, file), create_state)
+            sys.exit(anyio.run(run, sys.stdout.write))
         log = configure_logging(settings.log_level)
         listeners = listen(settings)
         app = create_app(settings, log, drain)

@@ -268,8 +268,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     @property
     def public_state_url(self) -> str:
-        """STATE_URL without user name and password."""
-        return re.sub("//[^/]*@", "//", self.state_url)
+        """STATE_URL without user name, password and options."""
+        return re.sub(r"^(rediss?://)(.*@)?([^?]*).*", r"\1\3", self.state_url)
 
     @property
     def default_provider_name(self) -> str:
@@ -307,7 +307,7 @@ def variable_names(*providers: str) -> list[str]:
     A secret has two names, NAME and NAME_FILE.
     """
     models: list[tuple[str, type[BaseModel]]]
-    models = [(_prefix(name), ProviderSettings) for name in ("openai", *providers)]
+    models = [(variable_prefix(name), ProviderSettings) for name in ("openai", *providers)]
     models.append(("", Settings))
     fields = [
         (prefix + name.upper(), info)
@@ -326,9 +326,11 @@ def from_env(env: Mapping[str, str]) -> Settings:
         # RATE_LIMIT_API_KEY would be a rate limit as well as a provider's API key.
         if not re.fullmatch("(?!(openai|mock|rate-limit)$)[a-z][a-z0-9-]{0,31}", name):
             raise SettingsError(f"PROVIDERS must be {NAMES} (got {name!r})")
-        if not _read(env, f"{_prefix(name)}BASE_URL"):
-            raise SettingsError(f"{_prefix(name)}BASE_URL must be set: PROVIDERS contains {name}")
-        providers.append(_build(ProviderSettings, env, _prefix(name), name=name))
+        if not _read(env, f"{variable_prefix(name)}BASE_URL"):
+            raise SettingsError(
+                f"{variable_prefix(name)}BASE_URL must be set: PROVIDERS contains {name}"
+            )
+        providers.append(_build(ProviderSettings, env, variable_prefix(name), name=name))
     return _build(Settings, env, providers=tuple(providers))
 
 
@@ -362,21 +364,20 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
-    if settings.default_provider_name == "mock":
-        yield (
-            "No provider is configured; using the mock provider. Set OPENAI_API_KEY in .env to use"
-            " OpenAI"
-        )
+    if not (settings.providers or settings.default_provider):
+        remedy = "Set OPENAI_API_KEY in .env to use OpenAI."
+        yield f"No provider is configured; using the mock provider. {remedy}"
 
 
-def _prefix(provider: str) -> str:
+def variable_prefix(provider: str) -> str:
+    """Return what the variables of a provider begin with: LOCAL_LLM_ for local-llm."""
     return provider.upper().replace("-", "_") + "_"
 
 
 def _remedy(provider: str) -> str:
     if provider == "openai":
         return "set OPENAI_API_KEY"
-    return f"add it to PROVIDERS and set {_prefix(provider)}BASE_URL"
+    return f"add it to PROVIDERS and set {variable_prefix(provider)}BASE_URL"
 
 
 def _read(env: Mapping[str, str], name: str, *, secret: bool = False) -> str:

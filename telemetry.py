@@ -16,6 +16,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -146,7 +147,9 @@ class Metrics:
         """Add a stream that has ended to its request's record and to the metrics."""
         record.outcome = report.outcome
         record.wait_seconds += report.wait_seconds
-        error, last = report.error, attempts[-1]
+        error = report.error
+        # A client that disconnects early leaves no attempt.
+        last = attempts[-1] if attempts else Attempt("none/none")
         if error is not None and error.code == "internal_error":
             record.exception = error.__cause__ or error
         if error is not None and error.caused_by != "service":
@@ -308,10 +311,12 @@ class JSONFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = log_fields(record)
-        # pydantic-core takes a quarter of the time but leaves U+009B and U+202E as they are.
-        line = to_json(fields, fallback=str)
-        if line.isascii():
-            return line.decode()
+        # pydantic-core takes a quarter of the time, but leaves U+009B and U+202E as they are and
+        # raises ValueError for a lone surrogate.
+        with suppress(ValueError):
+            line = to_json(fields, fallback=str)
+            if line.isascii():
+                return line.decode()
         return json.dumps(fields, default=str, separators=(",", ":"))
 
 

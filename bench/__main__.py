@@ -55,7 +55,7 @@ class Bench:
                 except (OSError, RuntimeError) as error:
                     print(f"{peer.name} failed under the load {load!r}: {error}", flush=True)
                     continue
-                figures[peer.name]["failed"] += found.pop("failed", 0)
+                figures[peer.name]["failed"] += found.pop("failed")
                 figures[peer.name] |= {f"{load}.{name}": found[name] for name in found}
         return figures
 
@@ -112,21 +112,20 @@ async def measure(
     text = f"{time.strftime('%Y-%m-%d')}, {machine()}; rounds: {rounds}.\n\n{table(results)}"
     print(f"\n{text}")
     if rounds >= KEPT_ROUNDS and set(loads) == set(LOADS) and len(peers) > 1 and not env:
-        TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(text)
 
 
 def main() -> None:
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--loads", default=",".join(LOADS), help="default: %(default)s")
-    parser.add_argument("--peers", default=",".join(names), help="default: %(default)s")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=KEPT_ROUNDS)
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="a setting of the service"
+        "--env", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the service"
     )
     options = parser.parse_args()
-    peers = [peer for peer in PEERS if peer.name in options.peers.split(",")]
+    peers = [peer for peer in PEERS if peer.name in options.peers]
     for peer in peers:
         if not peer.executable.exists():
             print(f"Skipping {peer.title}: {peer.executable} does not exist.")
@@ -135,7 +134,7 @@ def main() -> None:
     os.sched_setaffinity(0, {LOAD_CORE})
     gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(measure(options.loads.split(","), peers, options.rounds, env))
+        runner.run(measure(options.loads, peers, options.rounds, env))
 
 
 if __name__ == "__main__":

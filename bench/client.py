@@ -5,7 +5,7 @@ It counts bytes and parses nothing, so that it is not the bottleneck.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -106,41 +106,27 @@ class Endpoint:
         return connection
 
 
-async def closed_loop(
-    endpoint: Endpoint, request: bytes, clients: int, seconds: float
+async def run_clients(
+    endpoint: Endpoint,
+    request: bytes,
+    count: int,
+    *,
+    start_seconds: float = 0.0,
+    repeat_seconds: float = 0.0,
 ) -> list[Response]:
-    """Send the request from each client again and again until the time is up."""
-    deadline = time.monotonic() + seconds
+    """Send the request from each client, once or again and again for `repeat_seconds`.
+
+    The clients' starts are spread evenly over `start_seconds`.
+    """
     responses: list[Response] = []
+    deadline = time.monotonic() + repeat_seconds
 
     async def client(connection: Connection, number: int) -> None:
+        await asyncio.sleep(start_seconds * number / count)
         responses.append(await connection.send(request))
         while time.monotonic() < deadline:
             responses.append(await connection.send(request))
 
-    await _run_clients(endpoint, clients, client)
-    return responses
-
-
-async def open_loop(
-    endpoint: Endpoint, request: bytes, clients: int, seconds: float
-) -> list[Response]:
-    """Send the request once from each client, the starts spread evenly over `seconds`."""
-    responses: list[Response] = []
-
-    async def client(connection: Connection, number: int) -> None:
-        await asyncio.sleep(seconds * number / clients)
-        responses.append(await connection.send(request))
-
-    await _run_clients(endpoint, clients, client)
-    return responses
-
-
-async def _run_clients(
-    endpoint: Endpoint,
-    count: int,
-    client: Callable[[Connection, int], Coroutine[None, None, None]],
-) -> None:
     connections = [await endpoint.connect() for _ in range(count)]
     tasks = [asyncio.ensure_future(client(each, i)) for i, each in enumerate(connections)]
     await asyncio.wait(tasks, timeout=RESPONSE_SECONDS)
@@ -148,6 +134,7 @@ async def _run_clients(
     for connection in connections:
         connection.transport.abort()
     await asyncio.gather(*tasks)
+    return responses
 
 
 def percentile(values: Iterable[float], fraction: float) -> float:

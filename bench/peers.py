@@ -6,7 +6,8 @@ Each has a virtual environment under `.venv-bench/`, made by `make bench`. nginx
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bench.client import Endpoint
@@ -14,6 +15,7 @@ from bench.process import Program
 
 ROOT = Path(__file__).parent.parent
 VENVS = ROOT / ".venv-bench"
+BODY = '{"message":"MESSAGE"}'
 OPENAI_BODY = (
     '{"model":"gpt-4o-mini","stream":true,"stream_options":{"include_usage":true},'
     '"messages":[{"role":"user","content":"MESSAGE"}]}'
@@ -42,97 +44,90 @@ http {{
 LITELLM = """
 model_list:
   - model_name: gpt-4o-mini
-    litellm_params: {{model: openai/gpt-4o-mini, api_base: {base_url}, api_key: sk-bench}}
+    litellm_params:
+      model: openai/gpt-4o-mini
+      api_base: http://127.0.0.1:{upstream_port}/v1
+      api_key: sk-bench
 litellm_settings: {{telemetry: false}}
 """
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where one program runs: its directory, its port, the provider's port.
-
-    `env` holds further settings for this service.
-    """
+    """Where a program runs, the provider's port, and additional settings for the service."""
 
     folder: Path
     port: int
     upstream_port: int
-    env: Mapping[str, str]
-
-    @property
-    def openai(self) -> dict[str, str]:
-        """The variables that point the openai SDK, and every peer, at the benchmark's provider."""
-        base_url = f"http://127.0.0.1:{self.upstream_port}/v1"
-        return {"OPENAI_API_KEY": "sk-bench", "OPENAI_BASE_URL": base_url}
+    service_env: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program to measure. `program` may write configuration files into the site's folder."""
+    """A program to measure.
+
+    `configure` returns its arguments and the variables that only it needs. It may write
+    configuration files into the site's folder.
+    """
 
     name: str
     title: str
     executable: Path
-    program: Callable[[Site], Program]
+    configure: Callable[[Site], tuple[list[str], dict[str, str]]]
+    health_path: str = "/healthz"
     path: str = "/v1/chat/completions"
     body: str = OPENAI_BODY
     skipped_loads: frozenset[str] = frozenset()
+
+    def program(self, site: Site) -> Program:
+        arguments, variables = self.configure(site)
+        env = {
+            "PORT": str(site.port),
+            "OPENAI_API_KEY": "sk-bench",
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{site.upstream_port}/v1",
+            "RATE_LIMIT": UNLIMITED,
+            **variables,
+        }
+        return Program([str(self.executable), *arguments], env, site.port, self.health_path)
 
     def endpoint(self, port: int) -> Endpoint:
         return Endpoint(port, self.path, self.body)
 
 
-def _service(python: Path, source: Path, site: Site) -> Program:
-    env = {
-        "PYTHONPATH": str(source),
-        "PORT": str(site.port),
-        "RATE_LIMIT": UNLIMITED,
-        "MAX_STREAMS": "2000",
-        "MAX_STREAMS_PER_CALLER": "2000",
-        **site.openai,
-        **site.env,
-    }
-    return Program([str(python), "-m", "service"], env, site.port, "/healthz")
+def _service(source: Path, site: Site) -> tuple[list[str], dict[str, str]]:
+    limits = {"MAX_STREAMS": "2000", "MAX_STREAMS_PER_CALLER": "2000"}
+    return ["-m", "service"], {"PYTHONPATH": str(source), **limits, **site.service_env}
 
 
-def _fastapi(site: Site) -> Program:
-    env = {"PYTHONPATH": str(ROOT), "RATE_LIMIT": UNLIMITED, **site.openai}
-    command = [str(FASTAPI.executable), "bench.fastapi_peer:app", "--port", str(site.port)]
-    return Program(command, env, site.port, "/healthz")
+def _fastapi(site: Site) -> tuple[list[str], dict[str, str]]:
+    arguments = ["bench.fastapi_peer:app", "--port", str(site.port)]
+    return arguments, {"PYTHONPATH": str(ROOT)}
 
 
-def _nginx(site: Site) -> Program:
-    text = NGINX.format(folder=site.folder, port=site.port, upstream_port=site.upstream_port)
+def _nginx(site: Site) -> tuple[list[str], dict[str, str]]:
     config = site.folder / "nginx.conf"
-    config.write_text(text)
-    command = [str(NGINX_PEER.executable), "-p", str(site.folder), "-c", str(config)]
-    return Program(command, {}, site.port, "/healthz")
+    config.write_text(NGINX.format(**vars(site)))
+    return ["-p", str(site.folder), "-c", str(config)], {}
 
 
-def _ferro(site: Site) -> Program:
-    env = {
-        "PORT": str(site.port),
+def _ferro(site: Site) -> tuple[list[str], dict[str, str]]:
+    return [], {
         "RATE_LIMIT_RPS": "0",
         "FERRO_MODEL_CATALOG_TIMEOUT": "0",
         "ALLOW_UNAUTHENTICATED_PROXY": "true",
-        **site.openai,
     }
-    return Program([str(FERRO.executable)], env, site.port, "/health")
 
 
-def _litellm(site: Site) -> Program:
-    config = LITELLM.format(base_url=site.openai["OPENAI_BASE_URL"])
-    (site.folder / "litellm.yaml").write_text(config)
-    command = [str(LITELLM_PEER.executable), "--config", "litellm.yaml"]
-    command += ["--host", "127.0.0.1", "--port", str(site.port), "--num_workers", "1"]
-    env = {
+def _litellm(site: Site) -> tuple[list[str], dict[str, str]]:
+    config = site.folder / "litellm.yaml"
+    config.write_text(LITELLM.format(**vars(site)))
+    arguments = ["--config", str(config), "--host", "127.0.0.1", "--port", str(site.port)]
+    return [*arguments, "--num_workers", "1"], {
         # Otherwise it downloads its price list.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_LOG": "ERROR",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     }
-    # Its /health sends a request to the model.
-    return Program(command, env, site.port, "/health/liveliness")
 
 
 def upstream(port: int) -> Program:
@@ -141,39 +136,25 @@ def upstream(port: int) -> Program:
     return Program(command, {"PYTHONPATH": str(ROOT)}, port, "/")
 
 
-def _chat_sidecar(name: str, title: str, python: Path, source: Path) -> Peer:
-    def program(site: Site) -> Program:
-        return _service(python, source, site)
-
-    return Peer(name, title, python, program, "/api/v1/chat", '{"message":"MESSAGE"}')
-
-
 # Tests run the service in their own environment.
-PYTHON = VENVS / "service/bin/python"
-SERVICE = _chat_sidecar(
-    "service", "this service", PYTHON if PYTHON.exists() else Path(sys.executable), ROOT
+PYTHON = next(filter(Path.exists, [VENVS / "service/bin/python"]), Path(sys.executable))
+NGINX_PATH = Path(shutil.which("nginx") or "/usr/sbin/nginx")
+
+# fmt: off
+SERVICE = Peer("service", "this service", PYTHON, partial(_service, ROOT),
+               path="/api/v1/chat", body=BODY)
+PEERS = (
+    SERVICE,
+    replace(SERVICE, name="0.1.0", title="0.1.0", executable=VENVS / "0.1.0/bin/python",
+            configure=partial(_service, VENVS / "0.1.0/source")),
+    Peer("ferro", "Ferro 1.5 (Go)", VENVS / "ferro/bin/ferrogw", _ferro,
+         health_path="/health"),
+    Peer("nginx", "nginx (passes bytes)", NGINX_PATH, _nginx),
+    # It fails most of the streams of `arrival`, and takes half a minute.
+    Peer("fastapi", "FastAPI, openai SDK", VENVS / "fastapi/bin/uvicorn", _fastapi,
+         path="/chat", body=BODY, skipped_loads=frozenset({"arrival"})),
+    # Its /health sends a request to the model, and a thousand streams take it minutes.
+    Peer("litellm", "LiteLLM proxy", VENVS / "litellm/bin/litellm", _litellm,
+         health_path="/health/liveliness", skipped_loads=frozenset({"arrival", "hold"})),
 )
-BASELINE = _chat_sidecar("0.1.0", "0.1.0", VENVS / "0.1.0/bin/python", VENVS / "0.1.0/source")
-NGINX_PEER = Peer(
-    "nginx", "nginx (passes bytes)", Path(shutil.which("nginx") or "/usr/sbin/nginx"), _nginx
-)
-FERRO = Peer("ferro", "Ferro 1.5.10 (Go)", VENVS / "ferro/bin/ferrogw", _ferro)
-FASTAPI = Peer(
-    "fastapi",
-    "FastAPI, openai SDK",
-    VENVS / "fastapi/bin/uvicorn",
-    _fastapi,
-    "/chat",
-    '{"message":"MESSAGE"}',
-    # It fails most of these, and takes half a minute.
-    skipped_loads=frozenset({"arrival"}),
-)
-# A thousand streams take it minutes.
-LITELLM_PEER = Peer(
-    "litellm",
-    "LiteLLM proxy",
-    VENVS / "litellm/bin/litellm",
-    _litellm,
-    skipped_loads=frozenset({"arrival", "hold"}),
-)
-PEERS = (SERVICE, BASELINE, FERRO, NGINX_PEER, FASTAPI, LITELLM_PEER)
+# fmt: on

@@ -36,7 +36,7 @@ class Row:
 
 # fmt: off
 ROWS = (
-    Row("request.cpu_us_per_request", "request: CPU per request", "µs",
+    Row("request.cpu_us", "request: CPU per request", "µs",
         ratios={"0.1.0": 0.50, "ferro": 0.80}),
     Row("request.ttft_p50", "request: TTFT p50", "ms", ratios={"ferro": 1.4}),
     Row("paced.cpu_us_per_event", "paced: CPU per event", "µs",
@@ -83,7 +83,7 @@ def values(results: Results, row: Row, peer: str) -> list[float]:
 
 def ratios(results: Results, row: Row, peer: str) -> list[float]:
     """Return the service's figure divided by the peer's, for each round that has both."""
-    rounds = zip(results[SERVICE.name], results.get(peer, ()), strict=False)
+    rounds = zip(results.get(SERVICE.name, ()), results.get(peer, ()), strict=False)
     return [
         ours[row.figure] / theirs[row.figure]
         for ours, theirs in rounds

@@ -2,7 +2,7 @@
 
 `python -m bench.upstream PORT` serves until it is terminated. The last message of a request selects
 the response: `bench:20:50` is 20 chunks, one every 50 ms, the first at once. With 0 ms the whole
-response is one write. Every POST is a completion request, whatever its path; every GET gets a 200.
+response is one write. A POST to any path is a completion request; a GET gets a 200.
 """
 
 import asyncio

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import hypothesis
 import pytest
 from starlette.types import ASGIApp, Message
 
@@ -25,11 +26,21 @@ from tests.upstream import Script, Upstream, running_upstream
 # Only a hang takes this long, on the slowest machine too. Below pytest's faulthandler_timeout of
 # 60 s, so that the test fails instead of the run.
 TIMEOUT_SECONDS = 50.0
+# Hypothesis would report examples that are slow on a busy machine as failures.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
     """Expect a ServiceError with this code."""
     return pytest.raises(ServiceError, check=lambda error: error.code == code)
+
+
+def openai_env(url: str, **more: str) -> dict[str, str]:
+    """Return settings with one provider at `url`, without retries, and `more`."""
+    return {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": url, "MAX_RETRIES": "0", **more}
 
 
 class Log(logging.Handler):
@@ -167,6 +178,7 @@ async def _wait_for_end(tasks: set[asyncio.Task[Any]]) -> None:
 
 StartService = Callable[..., Awaitable[RunningService]]
 StartUpstream = Callable[[Script], Awaitable[Upstream]]
+StartRelay = Callable[..., Awaitable[tuple[RunningService, Upstream]]]
 
 
 @pytest.fixture
@@ -196,6 +208,18 @@ def upstream(stack: AsyncExitStack) -> StartUpstream:
 
     async def start(script: Script) -> Upstream:
         return await stack.enter_async_context(running_upstream(script))
+
+    return start
+
+
+@pytest.fixture
+def relay(service: StartService, upstream: StartUpstream) -> StartRelay:
+    """Return a function that starts a scripted provider and a service in front of it:
+    `app, provider = await relay(script, HEARTBEAT_SECONDS="1")`."""
+
+    async def start(script: Script, **env: str) -> tuple[RunningService, Upstream]:
+        provider = await upstream(script)
+        return await service(**openai_env(provider.url, **env)), provider
 
     return start
 

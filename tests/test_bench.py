@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import LOAD_CORE, Bench, free_port
-from bench.client import Endpoint, closed_loop, open_loop, percentile
+from bench.client import Endpoint, percentile, run_clients
 from bench.loads import LOADS, Size
 from bench.peers import OPENAI_BODY, SERVICE, upstream
 from bench.process import running
@@ -22,7 +22,7 @@ SMALL = Size(
     paced_chunks=5,
     hold_streams=5,
     hold_chunks=10,
-    hold_spread_seconds=0.1,
+    hold_start_seconds=0.1,
 )
 
 
@@ -144,8 +144,8 @@ async def test_client_counts_every_chunk(protocol: type[ProviderProtocol], pause
         port = server.sockets[0].getsockname()[1]
         endpoint = Endpoint(port, "/v1/chat/completions", OPENAI_BODY)
         request = endpoint.request(3, pause_ms)
-        responses = await open_loop(endpoint, request, 3, 0.01)
-        responses += await closed_loop(endpoint, request, 2, 0.01)
+        responses = await run_clients(endpoint, request, 3, start_seconds=0.01)
+        responses += await run_clients(endpoint, request, 2, repeat_seconds=0.01)
     assert len(responses) >= 5
     for each in responses:
         assert (each.status, each.chunks) == (200, 3)
@@ -161,7 +161,7 @@ async def test_response_of_a_closed_connection_is_incomplete() -> None:
     loop = asyncio.get_running_loop()
     async with await loop.create_server(HangsUp, "127.0.0.1", 0) as server:
         endpoint = Endpoint(server.sockets[0].getsockname()[1], "/", OPENAI_BODY)
-        [only] = await open_loop(endpoint, endpoint.request(3, 0), 1, 0)
+        [only] = await run_clients(endpoint, endpoint.request(3, 0), 1)
     assert (only.status, only.chunks, only.ended_at) == (200, 3, 0.0)
 
 

@@ -11,7 +11,7 @@ import yaml
 from compose_spec import PyCompose
 
 from server import CLOSE_SECONDS
-from settings import SECRETS, Settings, variable_names
+from settings import Settings, variable_names
 from tests.container import context
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,8 @@ COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
 NAMESPACE, DEPLOYMENT, POLICY = yaml.safe_load_all(
     (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
 )
+VARIABLES = set(variable_names())
+SECRETS = {name.removesuffix("_FILE") for name in VARIABLES if name.endswith("_FILE")}
 # From SIGTERM until the last connection is closed.
 STOP_SECONDS = Settings().drain_seconds + CLOSE_SECONDS
 POD: dict[str, Any] = DEPLOYMENT["spec"]["template"]["spec"]
@@ -69,7 +71,7 @@ def test_replicas_trust_their_load_balancer_and_share_a_redis_that_evicts_nothin
     assert re.findall("server (.+):8000;", nginx) == ["chat-1", "chat-2"]
     for name in ("chat-1", "chat-2"):
         env = services[name]["environment"]
-        assert env.keys() <= {*variable_names(), *(f"{secret}_FILE" for secret in SECRETS)}
+        assert env.keys() <= VARIABLES
         assert env["STATE_URL"] == "redis://redis:6379/0"
         assert network == [{"subnet": env["FORWARDED_ALLOW_IPS"]}]
         assert float(services[name]["stop_grace_period"].removesuffix("s")) >= STOP_SECONDS + 2
@@ -83,9 +85,8 @@ def test_replicas_trust_their_load_balancer_and_share_a_redis_that_evicts_nothin
 def test_sidecar_never_uses_the_mock_and_sets_only_known_variables(
     container: dict[str, Any],
 ) -> None:
-    known = {*variable_names(), *(f"{secret}_FILE" for secret in SECRETS)}
-    assert container["env" if "env" in container else "environment"].keys() <= known
     env = container.get("env") or container["environment"]
+    assert env.keys() <= VARIABLES
     assert env["DEFAULT_PROVIDER"] == "openai"
     assert env["OPENAI_API_KEY_FILE"].startswith("/run/secrets/")
     assert not SECRETS & env.keys()

@@ -148,7 +148,7 @@ async def test_start_without_a_provider_gives_one_warning_and_with_one_none(
 async def test_log_is_text_at_a_terminal(launch: StartProcess) -> None:
     shown, terminal = os.openpty()
     try:
-        await launch(stdout=terminal)
+        await launch(stdout=terminal, OPENAI_API_KEY=CANARY)
         output = b""
         while b"http://" not in output:
             output += await asyncio.to_thread(os.read, shown, 65536)

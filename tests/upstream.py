@@ -127,10 +127,10 @@ async def _parse(
     request_line, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     pairs = (line.split(": ", 1) for line in lines)
     headers = {name.lower(): value for name, value in pairs}
-    body = await reader.readexactly(int(headers["content-length"]))
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
     path = request_line.split(" ")[1]
     protocol = cast(_WatchedProtocol, writer.transport.get_protocol())
-    return Connection(reader, writer, path, headers, json.loads(body), protocol.closed)
+    return Connection(reader, writer, path, headers, json.loads(body or b"null"), protocol.closed)
 
 
 class _WatchedProtocol(asyncio.StreamReaderProtocol):

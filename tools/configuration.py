@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import RATE_UNITS, ProviderSettings, Rate, Settings, requirement
+from check import format_value
+from settings import ProviderSettings, Settings, requirement
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / ".env.example"
@@ -59,24 +60,9 @@ def entries() -> Iterator[Entry]:
                 section = heading
                 continue
             comment = " ".join(line.strip().removeprefix("# ") for line in lines.splitlines())
-            default = format_default(model.model_fields[field].default)
+            default = format_value(model.model_fields[field].default)
             must_be = requirement(model, field)
             yield Entry(section, prefix + field.upper(), comment, default, must_be)
-
-
-def format_default(value: object) -> str:
-    """Return a default as an environment variable would contain it."""
-    match value:
-        case None | () | {}:
-            return ""
-        case Rate(limit, seconds):
-            unit = next(unit for unit, size in RATE_UNITS.items() if size == seconds)
-            return f"{limit}/{unit}"
-        case tuple():
-            return ",".join(map(str, value))
-        case bool():
-            return str(value).lower()
-    return str(value)
 
 
 def example() -> str:
