@@ -27,7 +27,8 @@ IMPORTS = {
     "openai_stream": {"errors", "provider_errors"},
     "telemetry": {"errors"},
     "ratelimit": {"errors", "settings"},
-    "sessions": {"errors", "settings"},
+    "database": {"settings"},
+    "sessions": {"database", "errors"},
     "server": {"errors", "settings"},
     "providers": {
         *("errors", "http_client", "openai_stream", "provider_errors", "settings", "telemetry"),
