@@ -371,7 +371,7 @@ async def sweep_periodically(store: SessionStore) -> None:
 
 
 def create_state(
-    settings: Settings, log: logging.Logger
+    settings: Settings, log: logging.Logger | None = None
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """Return the rate limiters and the session store that STATE_URL names.
 
@@ -391,7 +391,7 @@ def create_state(
         ttl=ttl,
         max_chars=chars,
         clock=time.time,
-        log=log,
+        log=log or logging.getLogger("chat_sidecar"),
         max_bytes=settings.state_max_bytes,
         max_sessions=settings.max_sessions_per_caller,
     )
