@@ -26,7 +26,7 @@ from pydantic_core import from_json, to_json
 
 from errors import FieldProblem, ServiceError, invalid_request
 from http_client import HTTPTransport, ResponseBody, bypasses_proxy
-from openai_stream import Chunks, CompletionParser
+from openai_stream import Chunks, CompletionParser, Reasoning
 from provider_errors import classify_error
 from settings import ProviderSettings, Settings, SettingsError
 from telemetry import Attempt
@@ -340,7 +340,7 @@ class MockProvider(LLMProvider):
     name = "mock"
     # fmt: off
     models = ("echo", "lorem-100", "slow", "hang", "error", "error-midstream", "truncated",
-              "rate-limited", "empty", "unicode")
+              "rate-limited", "empty", "unicode", "reasoning")
     # fmt: on
 
     async def stream(
@@ -379,6 +379,9 @@ LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", 
 def _mock_chunks(model: str, message: str) -> Chunks:
     if model == "empty":
         return []
+    if model == "reasoning":
+        thoughts: Chunks = [Reasoning(f"{word} ") for word in ["The", "user", "wants", "to", "see", "this."]]
+        return [*thoughts, "This ", "is ", "mock/reasoning."]
     if model == "unicode":
         return ["naïve ", "日本語 ", "👩‍👩‍👧 ", "नमस्ते ", "سلام ", "e\u0301 ", "line\u2028separator"]
     if model in ("slow", "error-midstream", "truncated"):

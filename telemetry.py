@@ -127,6 +127,9 @@ class Metrics:
             "Retries and failovers, by the provider and the error that caused them",
             ("kind", "provider", "error"),
         )
+        self.sessions_evicted = counter(
+            "chat_sessions_evicted", "Sessions dropped because their caller had too many"
+        )
         self.rate_limited = counter("chat_rate_limited", "Rate-limited requests", ("caller",))
         model = ("provider", "model")
         self.chunks = counter("chat_chunks", "Chunks sent to clients", model)
