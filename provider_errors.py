@@ -196,10 +196,10 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 # What the operator should look at, by the reason or the cause of a failed attempt.
 HINTS = {
     "credentials": "provider {name} rejected the API key ({status}): check {prefix}API_KEY",
-    "quota": "provider {name} reports that the quota or the credit is used up: check the account there",
+    "quota": "provider {name} reports that the quota or credit is used up: check the account",
     "busy": "provider {name} is overloaded or limits our rate ({status}): check its limits",
-    "model_not_found": "provider {name} does not have the model {model}: check DEFAULT_MODEL, MODELS and"
-    " FALLBACK_MODELS",
+    "model_not_found": "provider {name} does not have the model {model}: check DEFAULT_MODEL,"
+    " MODELS and FALLBACK_MODELS",
     "not_found": "404 from {url}: does {prefix}BASE_URL need /v1?",
     "output_limit": "provider {name} rejects the parameter that MAX_OUTPUT_TOKENS sends: rename it with"
     ' {prefix}EXTRA_BODY, such as {{"max_tokens": null, "max_completion_tokens": 1000}}',

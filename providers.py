@@ -327,10 +327,8 @@ def create_transport(target: httpx.URL) -> HTTPTransport:
         expected = "it must be a PEM file of certificate authorities"
         raise SettingsError(f"SSL_CERT_FILE cannot be read: {error.strerror}; {expected}") from None
     except ValueError:
-        variable = f"{target.scheme.upper()}_PROXY"
-        raise SettingsError(
-            f"{variable} must be an http:// URL; other proxies are not supported"
-        ) from None
+        problem = "must be an http:// URL; other proxies are not supported"
+        raise SettingsError(f"{target.scheme.upper()}_PROXY {problem}") from None
     return HTTPTransport(tls, proxy)
 
 
