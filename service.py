@@ -58,6 +58,7 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
+SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
 ABOUT = "A chat backend: POST /api/v1/chat in, one event stream out."
 SEE = "Everything is set in the environment or in .env; .env.example names and explains it."
 PROBE = "ask the service that runs with these settings whether it is ready, and end with 0 if it is"
@@ -391,7 +392,7 @@ def create_app(
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            static_route("/playground.js", "playground.js", "text/javascript"),
+            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
         ]
 
     @asynccontextmanager
