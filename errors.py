@@ -1,7 +1,7 @@
 """The errors a request can end with, and the HTTP status, code and retry advice of each.
 
-A message is for the caller: it says what is wrong and what to do. It never contains a provider's
-error text, a key, or the caller's own message.
+A message is for the caller. It states what is wrong and what to do, and never contains a provider's
+error text, a key, or text from the caller's own message.
 """
 
 import math
@@ -22,7 +22,7 @@ Code = Literal[
 
 
 class ErrorKind(NamedTuple):
-    """What all errors of one code have in common. `caused_by` says who can fix it."""
+    """The properties that all errors with one code share. `caused_by` is who can fix the cause."""
 
     status: int
     retryable: bool
@@ -30,8 +30,8 @@ class ErrorKind(NamedTuple):
 
 
 KINDS: dict[Code, ErrorKind] = {
-    # The caller has to change the request. The provider decides context_too_long and
-    # content_refused. session_not_found includes sessions of other callers.
+    # The caller can fix these. A provider reports context_too_long and content_refused.
+    # A session that belongs to another caller is session_not_found too.
     "invalid_json": ErrorKind(400, False, "caller"),
     "invalid_api_key": ErrorKind(401, False, "caller"),
     "not_found": ErrorKind(404, False, "caller"),
@@ -46,12 +46,12 @@ KINDS: dict[Code, ErrorKind] = {
     "content_refused": ErrorKind(422, False, "caller"),
     "rate_limited": ErrorKind(429, True, "caller"),
     "too_many_streams": ErrorKind(429, True, "caller"),
-    # The provider failed, or the network on the way to it.
+    # The provider failed, or the connection to it.
     "upstream_error": ErrorKind(502, False, "provider"),
     "upstream_incomplete": ErrorKind(502, True, "provider"),
     "upstream_unavailable": ErrorKind(503, True, "provider"),
     "upstream_timeout": ErrorKind(504, True, "provider"),
-    # This service failed, or is at a limit of its own.
+    # This service failed, or reached one of its own limits.
     "internal_error": ErrorKind(500, False, "service"),
     "overloaded": ErrorKind(503, True, "service"),
     "shutting_down": ErrorKind(503, True, "service"),
@@ -60,7 +60,7 @@ KINDS: dict[Code, ErrorKind] = {
 
 
 class FieldProblem(BaseModel):
-    """What is wrong with one field of the request."""
+    """An invalid field of a request. The message is a predicate such as "is required"."""
 
     field: str
     message: str
@@ -91,8 +91,9 @@ class ErrorBody(BaseModel):
 class ServiceError(Exception):
     """An error that is reported to the caller.
 
-    `retryable` overrides the advice of the code. `retry_after` is in seconds and is reported
-    rounded up. `fields` are the invalid fields of an invalid_request.
+    `retryable` overrides the advice of the code. `retry_after` is in seconds and is rounded up
+    when it is sent. `fields` are the invalid fields of an invalid_request. `reason` is for the
+    operator: a word that says more than the code, see `provider_errors.classify_error`.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class ServiceError(Exception):
         retryable: bool | None = None,
         retry_after: float | None = None,
         fields: Sequence[FieldProblem] = (),
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -110,12 +112,13 @@ class ServiceError(Exception):
         self.retryable = default if retryable is None else retryable
         self.retry_after = retry_after
         self.fields = list(fields)
+        self.reason = reason
 
     @property
     def cause(self) -> str | None:
-        """The class name of the exception that caused this one, for the log.
+        """The class name of the first exception in the chain of causes, for the log.
 
-        The name only: the text of an exception may quote a request or a key.
+        Its text is left out because it may quote a request or a key.
         """
         error: BaseException = self
         while error.__cause__ is not None:
@@ -123,6 +126,7 @@ class ServiceError(Exception):
         return None if error is self else type(error).__name__
 
     def detail(self) -> ErrorDetail:
+        """Return the error as it is sent to the caller."""
         wait = None if self.retry_after is None else math.ceil(self.retry_after)
         detail = ErrorDetail(
             code=self.code, message=str(self), retryable=self.retryable, retry_after=wait

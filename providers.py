@@ -1,7 +1,7 @@
-"""From a model's name to chunks of text: the providers, the router among them, retries, failover.
+"""From a model id to a completion: the providers, the router, retries and failover.
 
-Only `OpenAIProvider` does network I/O; its failures, and those of the HTTP client below it, become
-ours here and nowhere else. Nothing here knows callers, limits, sessions, or how an answer is sent.
+A provider passes chunks to a `Sink` as they arrive and returns how the completion ended. Only
+`OpenAIProvider` does network I/O; errors of HTTP and of the provider become ServiceErrors here.
 """
 
 import asyncio
@@ -10,144 +10,165 @@ import re
 import ssl
 import time
 import urllib.request
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import aiohttp
 import anyio
 import httpx
-from httpx_aiohttp import AiohttpTransport
-from httpx_aiohttp.transport import AiohttpResponseStream
 from pydantic import HttpUrl
 from pydantic_core import from_json, to_json
 
-import errors
-from errors import FieldProblem, ServiceError
-from openai_stream import Chunks, CompletionParser, classify_error
+from errors import FieldProblem, ServiceError, invalid_request
+from http_client import HTTPTransport, ResponseBody, bypasses_proxy
+from openai_stream import Chunks, CompletionParser
+from provider_errors import classify_error
 from settings import ProviderSettings, Settings, SettingsError
+from telemetry import Attempt
 
-# An error's JSON is a few hundred bytes, a proxy's HTML page a few thousand.
+# An error's JSON has a few hundred bytes, a proxy's HTML page a few thousand.
 MAX_ERROR_BYTES = 2**16
-# After its finish_reason a provider owes usage and [DONE], after [DONE] only the end of the body,
-# which frees the connection for the next request. Both come at once, or are not waited for.
+# After its finish_reason a provider still sends usage and [DONE], after [DONE] the end of the body,
+# which frees the connection for the next request. Both usually come at once.
 FINISH_SECONDS = 5.0
 CLOSE_SECONDS = 0.1
-# An idle connection saves the next request its TLS handshake; servers hang up after 5 to 400 s.
-KEEP_ALIVE_SECONDS = 30.0
-
-# As much as aiohttp holds before it stops reading, so that what has come leaves at once; by the
-# 16 KiB that httpx-aiohttp asks for, an event of a burst takes a fifth more time.
-READ_BYTES = 2**16
+# Callers choose the model ids, so the cache of resolved ones is bounded.
+MAX_CACHED_MODELS = 1024
+# Answers of mock/slow are this far apart.
+MOCK_SLOW_SECONDS = 0.5
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """How an answer ended, in the provider's own words: its last `usage`, its `finish_reason`."""
+    """How a completion ended. All values are the provider's own; `usage` is its last."""
 
-    model: str
+    model: str | None
     finish_reason: str | None
     usage: dict[str, Any] | None
 
 
-ChunkStream = AsyncGenerator[Chunks | Completion, None]
-
-
-@dataclass
-class Attempt:
-    """One request to one provider, and what came of it: the provider's status, its own id for the
-    request, the code and the cause of our error."""
-
-    model: str
-    status: int | None = None
-    provider_request_id: str | None = None
-    error: str | None = None
-    cause: str | None = None
-
-
 @dataclass(frozen=True)
 class Call:
-    """What the providers are told of a request, and the attempts that were made for it."""
+    """What a provider has to know of a request, and the attempts made for it so far."""
 
     request_id: str
     traceparent: str | None = None
     attempts: list[Attempt] = field(default_factory=list)
 
     def headers(self) -> dict[str, str]:
-        """By its X-Client-Request-Id, OpenAI finds even a request that it never answered."""
+        """Return the headers that identify the current attempt.
+
+        OpenAI logs X-Client-Request-Id, so that even a request it never answered can be found.
+        """
         number = len(self.attempts)
-        ids = {"X-Client-Request-Id": self.request_id + (f"-{number}" if number > 1 else "")}
-        return ids if self.traceparent is None else {**ids, "traceparent": self.traceparent}
+        request_id = self.request_id + (f"-{number}" if number > 1 else "")
+        headers = {"X-Client-Request-Id": request_id}
+        if self.traceparent is not None:
+            headers["traceparent"] = self.traceparent
+        return headers
+
+
+class Sink(Protocol):
+    """Takes the chunks of a completion.
+
+    `started` is true once it has been written to. It calls `on_start` at the first write.
+    """
+
+    started: bool
+    on_start: Callable[[], None]
+
+    def attach(self, resume: Callable[[], None], finish: Callable[[], bool]) -> None:
+        """Connect the provider that will write.
+
+        The sink calls `resume` when it can take chunks again. It calls `finish` when the idle
+        timeout has passed: the provider then ends the completion if what it has may count as
+        complete, or returns False.
+        """
+
+    def write(self, chunks: Chunks) -> bool:
+        """Take chunks, in order. An empty list shows that the model is working.
+
+        Return False if no more are wanted until `resume`. May raise; the provider then stops.
+        """
 
 
 class LLMProvider(ABC):
-    """Something that answers a conversation."""
+    """Something that completes a conversation."""
 
     name: str
 
     @abstractmethod
-    def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
-        """The answer: batches of chunks as they arrive, then one Completion.
+    async def stream(
+        self, model: str, messages: Sequence[Message], call: Call, sink: Sink
+    ) -> Completion:
+        """Write the completion's chunks to `sink` and return how it ended.
 
-        Ends with a Completion or raises a ServiceError, the chunks that came before it yielded.
-        Closing the generator, or cancelling it, closes the connection behind it. What came of the
-        request is noted in the last of `call.attempts`.
+        Raise ServiceError if it fails, after the chunks that came before are written. Cancelling
+        the call closes the connection. The result is noted in the last of `call.attempts`.
         """
 
-    async def aclose(self) -> None:  # noqa: B027 - most providers hold nothing
-        """Give back what the provider holds open."""
+    async def aclose(self) -> None:  # noqa: B027 - most providers have nothing to close
+        """Close idle connections."""
 
 
 class OpenAIProvider(LLMProvider):
-    """OpenAI's REST API, or a server that speaks it, at `{base_url}/chat/completions`."""
+    """OpenAI's REST API, or a compatible server, at `{base_url}/chat/completions`."""
 
     def __init__(self, provider: ProviderSettings, settings: Settings) -> None:
         self.name = provider.name
         self._url = httpx.URL(str(provider.base_url).rstrip("/") + "/chat/completions")
-        # A compressed answer would have to be unpacked, and 50 KB can unpack to 50 MB.
-        self._headers = {
-            "Content-Type": "application/json",
-            "Accept": "text/event-stream",
-            "Accept-Encoding": "identity",
-        }
-        if provider.api_key is not None:
-            self._headers["Authorization"] = f"Bearer {provider.api_key.get_secret_value()}"
-        # Nothing that is not configured: reasoning models and small servers refuse unknown fields.
+        self._api_key = provider.api_key.get_secret_value() if provider.api_key else None
+        self._headers = httpx.Headers(
+            {
+                "Host": self._url.netloc.decode(),
+                "Content-Type": "application/json",
+                "Accept": "text/event-stream",
+                # Unpacking could turn 50 KB into 50 MB.
+                "Accept-Encoding": "identity",
+            }
+        )
+        if self._api_key is not None:
+            self._headers["Authorization"] = f"Bearer {self._api_key}"
+        # Nothing that is not configured: reasoning models and small servers reject unknown fields.
         self._options: dict[str, object] = {
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         if settings.max_output_tokens is not None:
-            # OpenAI's reasoning models refuse the old name, most other servers know no other.
-            openai = provider.base_url.host == "api.openai.com"
-            limit = "max_completion_tokens" if openai else "max_tokens"
+            # OpenAI's reasoning models reject the old name; most other servers know no other.
+            limit = "max_completion_tokens" if self.name == "openai" else "max_tokens"
             self._options[limit] = settings.max_output_tokens
-        # Before the gap between two chunks would count as too long.
-        self._finish_seconds = min(FINISH_SECONDS, settings.idle_timeout_seconds / 2)
-        # Every other limit in time is the caller's, and is kept by whoever waits for the chunks.
+        # Timeouts other than connecting are the sink's and the router's.
         self._extensions = {"timeout": {"connect": settings.connect_timeout_seconds}}
-        self._transport = create_transport(self._url, settings)
+        self._transport = create_transport(self._url)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
-    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
+    async def stream(
+        self, model: str, messages: Sequence[Message], call: Call, sink: Sink
+    ) -> Completion:
         body = to_json({"model": model, "messages": messages, **self._options})
+        headers = self._headers.copy()
+        for name, value in call.headers().items():
+            headers[name] = value
+        headers["Content-Length"] = str(len(body))
         request = httpx.Request(
             "POST",
             self._url,
-            # A fourth of the time that `content=body` takes: aiohttp sets the body's headers.
+            headers=headers,
             stream=httpx.ByteStream(body),
-            headers={**self._headers, **call.headers()},
             extensions=self._extensions,
         )
-        request.read()
-        reader = CompletionParser()
+        parser = CompletionParser()
         with translate_http_errors():
             response = await self._transport.handle_async_request(request)
             try:
@@ -155,141 +176,152 @@ class OpenAIProvider(LLMProvider):
                 attempt.status = response.status_code
                 attempt.provider_request_id = response.headers.get("x-request-id", "")[:128] or None
                 await _check(response)
-                async with aclosing(self._read(response, reader)) as batches:
-                    async for batch in batches:
-                        yield batch
+                await _read(response.extensions["body"], parser, sink)
             finally:
-                # Under cancellation every await is cancelled again; the socket is closed all the
-                # same.
-                with anyio.CancelScope(shield=True):
-                    await response.aclose()
-        if reader.error:
-            raise reader.error
-        if not (reader.done or reader.finish_reason):
-            raise ServiceError(
-                "upstream_incomplete", "The provider broke off its answer. Try again."
-            )
-        yield Completion(reader.model or model, reader.finish_reason, reader.usage)
+                await response.aclose()
+        if parser.error:
+            raise parser.error
+        return Completion(
+            self._without_key(parser.model or model),
+            self._without_key(parser.finish_reason),
+            self._without_key(parser.usage),
+        )
 
-    async def _read(
-        self, response: httpx.Response, reader: CompletionParser
-    ) -> AsyncGenerator[Chunks, None]:
-        """The batches of a response, until the reader has all that matters or the body ends."""
-        reads = _reads(response)
-        async for data in reads:
-            batch = reader.feed(data)
-            if batch is not None:
-                yield batch
-            if reader.error or reader.done or reader.finish_reason:
-                break
-        # What is missing now is usage, [DONE] and the end of the body. The answer itself is whole,
-        # so a connection that breaks or goes quiet here does not spoil it.
-        while not reader.error:
-            last, more = reader.done, None
-            seconds = CLOSE_SECONDS if last else self._finish_seconds
-            with suppress(httpx.HTTPError, aiohttp.ClientError), anyio.move_on_after(seconds):
-                more = await anext(reads, None)
-            batch = reader.feed(more or b"")
-            if batch:
-                yield batch
-            if last or not more:
-                break
+    def _without_key(self, value: T) -> T | None:
+        """Return None in place of a value in which the provider repeats our key."""
+        return None if self._api_key and self._api_key in str(value) else value
 
 
-def _reads(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The body as it arrives: the transport's own iterator, without httpx's two around it."""
-    stream = cast(AiohttpResponseStream, response.stream)
-    stream.CHUNK_SIZE = READ_BYTES
-    return aiter(stream)
+async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> None:
+    """Read a stream until its parser has all it needs, or fails, or the body ends.
+
+    Chunks are written to `sink` inside the connection's read callback.
+    """
+    loop = asyncio.get_running_loop()
+    # Ends a stream that is complete but goes on.
+    timer: asyncio.TimerHandle | None = None
+    deadline = float("inf")
+
+    def end_within(seconds: float) -> None:
+        nonlocal timer, deadline
+        if loop.time() + seconds < deadline:
+            deadline = loop.time() + seconds
+            if timer is not None:
+                timer.cancel()
+            timer = loop.call_at(deadline, body.stop)
+
+    def consume(data: bytes) -> None:
+        chunks = parser.feed(data)
+        if chunks is not None and not sink.write([text for text in chunks if type(text) is str]):
+            body.pause()
+        if parser.error:
+            body.stop()
+        elif parser.done:
+            end_within(CLOSE_SECONDS)
+        elif parser.finished:
+            end_within(FINISH_SECONDS)
+
+    def finish() -> bool:
+        if parser.complete:
+            body.stop()
+        return parser.complete
+
+    sink.attach(body.resume, finish)
+    try:
+        await body.push(consume)
+    except httpx.HTTPError:
+        # A connection that breaks after the completion does not spoil it.
+        if not parser.complete:
+            raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+    last = parser.close()
+    if last is not None:
+        sink.write([text for text in last if type(text) is str])
 
 
 async def _check(response: httpx.Response) -> None:
-    """Raise what the provider answered, unless it is an event stream."""
+    """Raise the error that a response reports, unless it is an event stream."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    answered = response.status_code == 200
-    if answered and response.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ServiceError("upstream_error", "The provider sent a compressed answer, unasked.")
-    if answered and media_type not in ("application/json", "text/html"):
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    compressed = encoding not in ("", "none", "identity")
+    succeeded = response.status_code == 200
+    if succeeded and compressed:
+        raise ServiceError("upstream_error", "The provider sent a compressed stream, unrequested.")
+    if succeeded and media_type not in ("application/json", "text/html"):
         return
-    body = bytearray()
-    async for data in _reads(response):
-        body += data
+    body, source = bytearray(), response.extensions["body"]
+
+    def take(data: bytes) -> None:
+        body.extend(data)
         if len(body) > MAX_ERROR_BYTES:
-            break
-    body_json = None
+            source.stop()
+
+    await source.push(take)
+    details = None
     with suppress(ValueError):
-        body_json = from_json(bytes(body))
-    if answered and not (isinstance(body_json, dict) and body_json.get("error")):
+        details = from_json(_decompress(bytes(body)) if compressed else bytes(body))
+    if succeeded and not (isinstance(details, dict) and details.get("error")):
         raise ServiceError(
-            "upstream_error", "The provider answered with something other than a stream."
+            "upstream_error", "The provider answered with something other than an event stream."
         )
-    status = 500 if answered else response.status_code
-    raise classify_error(status, body_json, response.headers, time.time())
+    status = 500 if succeeded else response.status_code
+    raise classify_error(status, details, response.headers, time.time())
+
+
+def _decompress(body: bytes) -> bytes:
+    """Return up to MAX_ERROR_BYTES of a gzip or deflate body; nothing of any other."""
+    with suppress(zlib.error):
+        # 32: detect the header of gzip or zlib.
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, MAX_ERROR_BYTES)
+    return b""
 
 
 @contextmanager
 def translate_http_errors() -> Iterator[None]:
-    """The HTTP client's errors as ours. httpx-aiohttp maps loosely (a server that hangs up is a
-    ConnectTimeout) and lets some of aiohttp's own errors through, so only a cause that is a real
-    timeout counts as one."""
+    """Raise the HTTP client's errors as ServiceErrors."""
     try:
         yield
-    except (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, UnicodeError) as error:
-        if isinstance(error.__cause__ or error, TimeoutError):
-            raise ServiceError(
-                "upstream_timeout", "The provider could not be reached in time."
-            ) from error
-        problem = "The connection to the provider failed. Try again."
+    except httpx.TimeoutException as error:
+        problem = "The provider could not be reached in time. Retry."
+        raise ServiceError("upstream_timeout", problem) from error
+    except httpx.HTTPError as error:
+        problem = "The connection to the provider failed. Retry."
         raise ServiceError("upstream_error", problem, retryable=True) from error
 
 
-class Response(aiohttp.ClientResponse):
-    """One without a reason phrase: nobody reads it, and httpx-aiohttp fails, with the connection
-    left open, at one that is not UTF-8."""
+def create_transport(target: httpx.URL) -> HTTPTransport:
+    """Return the transport for one provider, through the proxy that the environment names.
 
-    async def start(self, connection: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
-        await super().start(connection)
-        self.reason = None
-        return self
-
-
-def create_transport(target: httpx.URL, settings: Settings) -> httpx.AsyncBaseTransport:
-    """The way to one provider: a connection for each stream, and the proxy that HTTPS_PROXY and
-    NO_PROXY name.
-
-    The transport is asked directly, without an httpx client around it. What a client would add is
-    not wanted here: cookies (one caller's would go out with the next caller's request), redirects
-    (they would carry the key elsewhere); and it took 14 % of a request's time.
+    Raise SettingsError if the proxy or the certificate authorities cannot be used.
     """
     proxies = urllib.request.getproxies()
-    proxy = proxies.get(target.scheme) or proxies.get("all")
-    through = None
+    address = proxies.get(target.scheme) or proxies.get("all")
+    proxy = None
     try:
-        if proxy and not urllib.request.proxy_bypass(target.host):
-            # HttpUrl keeps out what only fails at the first request: SOCKS, a port above 65535.
-            through = httpx.Proxy(str(HttpUrl(proxy if "://" in proxy else f"http://{proxy}")))
-        # To load the authorities takes 50 ms and megabytes; over plain HTTP nobody needs trust.
-        secure = target.scheme == "https" or (through is not None and through.url.scheme == "https")
+        if address and not bypasses_proxy(target, proxies.get("no", "")):
+            address = address if "://" in address else f"http://{address}"
+            # HttpUrl rejects what would only fail at the first request, such as SOCKS.
+            proxy = httpx.Proxy(str(HttpUrl(address)))
+            if proxy.url.scheme != "http":
+                raise ValueError
+        # Loading the authorities takes 50 ms and megabytes, so only https does it.
+        secure = target.scheme == "https"
         tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     except OSError as error:
-        takes = "it takes a file of the authorities to trust, in PEM"
-        raise SettingsError(f"SSL_CERT_FILE can't be used: {error.strerror}; {takes}") from None
+        expected = "it must be a PEM file of certificate authorities"
+        raise SettingsError(f"SSL_CERT_FILE cannot be read: {error.strerror}; {expected}") from None
     except ValueError:
-        raise SettingsError(f"{target.scheme.upper()}_PROXY is not an http:// address") from None
-
-    def session() -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
-            limit=settings.max_streams, ssl=tls, keepalive_timeout=KEEP_ALIVE_SECONDS
-        )
-        return aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), response_class=Response
-        )
-
-    return AiohttpTransport(verify=tls, client=session, proxy=through)
+        variable = f"{target.scheme.upper()}_PROXY"
+        raise SettingsError(
+            f"{variable} must be an http:// URL; other proxies are not supported"
+        ) from None
+    return HTTPTransport(tls, proxy)
 
 
 class MockProvider(LLMProvider):
-    """No model: rehearses every ending that a real provider can have, and says what it is."""
+    """No model: simulates every outcome of a real provider, for authors of clients."""
 
     name = "mock"
     # fmt: off
@@ -297,30 +329,36 @@ class MockProvider(LLMProvider):
               "rate-limited", "empty", "unicode")
     # fmt: on
 
-    async def stream(self, model: str, messages: Sequence[Message], call: Call) -> ChunkStream:
+    async def stream(
+        self, model: str, messages: Sequence[Message], call: Call, sink: Sink
+    ) -> Completion:
         if model == "hang":
             await anyio.sleep_forever()
         if model == "error":
             raise ServiceError("upstream_error", "mock/error always fails.", retryable=True)
         if model == "rate-limited":
-            raise ServiceError(
-                "upstream_unavailable", "mock/rate-limited is always busy.", retry_after=2
-            )
+            problem = "mock/rate-limited is always overloaded. Retry in 2 s."
+            raise ServiceError("upstream_unavailable", problem, retry_after=2)
+        resumed = asyncio.Event()
+        sink.attach(resumed.set, lambda: False)
         chunks = _mock_chunks(model, messages[-1]["content"])
         for chunk in chunks:
-            # Let others run: a provider that never waits would hold the whole process.
-            await anyio.sleep(0.5 if model == "slow" else 0)
-            yield [chunk]
+            # Also without a delay other tasks get their turn.
+            await anyio.sleep(MOCK_SLOW_SECONDS if model == "slow" else 0)
+            resumed.clear()
+            if not sink.write([chunk]):
+                await resumed.wait()
         if model == "error-midstream":
-            raise ServiceError("upstream_error", "mock/error-midstream fails here.", retryable=True)
+            problem = "mock/error-midstream fails after some text."
+            raise ServiceError("upstream_error", problem, retryable=True)
         if model == "truncated":
-            raise ServiceError("upstream_incomplete", "mock/truncated breaks off here.")
+            raise ServiceError("upstream_incomplete", "mock/truncated ends before it is complete.")
         prompt_tokens = sum(len(message["content"].split()) for message in messages)
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(chunks)}
-        yield Completion(f"mock/{model}", "stop", {**usage, "total_tokens": sum(usage.values())})
+        return Completion(f"mock/{model}", "stop", {**usage, "total_tokens": sum(usage.values())})
 
 
-NO_MODEL = "This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one."
+NO_MODEL = "This is the mock provider. No model is connected; set OPENAI_API_KEY to use OpenAI."
 LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit")
 
 
@@ -334,14 +372,14 @@ def _mock_chunks(model: str, message: str) -> Chunks:
     if model.startswith("lorem-"):
         count = model.removeprefix("lorem-")
         if not re.fullmatch("[1-9][0-9]{0,3}|10000", count):
-            problem = "mock/lorem-N takes an N from 1 to 10000"
-            raise errors.invalid_request(FieldProblem(field="model_id", message=problem))
+            problem = "must be mock/lorem-N with N from 1 to 10000"
+            raise invalid_request(FieldProblem(field="model_id", message=problem))
         return [f"{LOREM[i % len(LOREM)]} " for i in range(int(count))]
     return re.findall(r"\s*\S+", f"{NO_MODEL} You said: {message}")
 
 
 class Target(NamedTuple):
-    """A model and who answers for it."""
+    """A provider and its model."""
 
     provider: LLMProvider
     model: str
@@ -352,7 +390,7 @@ class Target(NamedTuple):
 
 
 class Router:
-    """Which provider answers for a model, and which models callers may ask for."""
+    """Chooses the provider by model id, and knows which models callers may request."""
 
     def __init__(self, settings: Settings, providers: Mapping[str, LLMProvider]) -> None:
         self._providers = providers
@@ -360,98 +398,113 @@ class Router:
         self.default_model = settings.default_model
         mock_models = ("mock/*",) if self._default.name == "mock" else ()
         allowed = settings.models or (settings.default_model, *mock_models)
-        # As they were set, and in full.
+        # From each pattern as it is configured to its full form with a provider.
         self._patterns = {pattern: self._target(pattern).name for pattern in allowed}
         self._fallbacks = [self._target(model) for model in settings.fallback_models]
-        # Names that are known before anybody asks, so that they may stand in metrics.
+        # Names that do not come from callers and may therefore be labels of metrics.
         mocks = [f"mock/{model}" for model in MockProvider.models]
         self.known = {*mocks, *self._patterns.values(), *(each.name for each in self._fallbacks)}
+        self.resolve = lru_cache(maxsize=MAX_CACHED_MODELS)(self._resolve)
         if not self._allows(self._target(settings.default_model)):
-            problem = "is not among MODELS: set it to one of them"
+            problem = "is not included in MODELS. Add it, or set another DEFAULT_MODEL"
             raise SettingsError(f"DEFAULT_MODEL={settings.default_model!r} {problem}")
 
     def _allows(self, target: Target) -> bool:
         return any(fnmatchcase(target.name, full) for full in self._patterns.values())
 
     def _target(self, model: str) -> Target:
-        """What precedes the first slash is a provider if one has that name."""
+        """Split off the provider before the first slash, if one has that name."""
         prefix, slash, rest = model.partition("/")
-        named = slash and prefix in self._providers
-        return Target(self._providers[prefix], rest) if named else Target(self._default, model)
+        if slash and prefix in self._providers:
+            return Target(self._providers[prefix], rest)
+        return Target(self._default, model)
 
     @property
     def models(self) -> list[str]:
-        """What callers may ask for. Globs stand as they are, the mock's models by their names."""
+        """What callers may request: globs as they are configured, mock models by name."""
         names = []
         for pattern, full in self._patterns.items():
             mocks = [f"mock/{m}" for m in MockProvider.models if fnmatchcase(f"mock/{m}", full)]
             names += mocks if "*" in pattern and mocks else [pattern]
         return list(dict.fromkeys(names))
 
-    def resolve(self, model_id: str | None) -> list[Target]:
-        """The model's target, and those to try when it fails before its first chunk. Raises
-        InvalidRequest, with the models that are allowed, for one that is not."""
+    def _resolve(self, model_id: str | None) -> Sequence[Target]:
+        """Return the model's target, followed by those to fail over to.
+
+        Raise invalid_request, which lists the allowed models, if the model is not allowed.
+        """
         target = self._target(self.default_model if model_id is None else model_id)
         if not self._allows(target):
-            problem = f"is not a model of this service; it has {', '.join(self.models)}"
-            raise errors.invalid_request(FieldProblem(field="model_id", message=problem))
-        # A mock's failure is a rehearsal: it has to be seen.
+            problem = f"is not available; choose one of {', '.join(self.models)}"
+            raise invalid_request(FieldProblem(field="model_id", message=problem))
+        # A simulated failure has to reach the client.
         fallbacks = [] if target.provider.name == "mock" else self._fallbacks
-        return list(dict.fromkeys([target, *fallbacks]))
+        return tuple(dict.fromkeys([target, *fallbacks]))
 
 
 def create_providers(settings: Settings) -> dict[str, LLMProvider]:
-    """Every provider that the settings name, and the mock."""
-    real = [OpenAIProvider(each, settings) for each in settings.configured_providers]
-    return {provider.name: provider for provider in (MockProvider(), *real)}
+    """Return every configured provider and the mock, by name."""
+    configured = [OpenAIProvider(each, settings) for each in settings.providers]
+    return {provider.name: provider for provider in (MockProvider(), *configured)}
 
 
 async def complete(
-    targets: Sequence[Target], messages: Sequence[Message], call: Call, settings: Settings
-) -> ChunkStream:
-    """The answer of the first target that begins one within `first_token_timeout_seconds`.
+    targets: Sequence[Target],
+    messages: Sequence[Message],
+    call: Call,
+    sink: Sink,
+    settings: Settings,
+) -> Completion:
+    """Stream the completion of the first target that writes a chunk in time.
 
-    A target that fails before its first chunk gives way to the next at once; the last is tried
-    again up to `max_retries` times, if its failure may pass and its wait fits into the time. With k
-    targets left behind it, an attempt gets 1/(k+1) of the time that remains. After the first chunk
-    a failure is final: whoever reads has begun to read.
+    A target that fails before its first chunk is followed by the next at once. The last is retried
+    up to MAX_RETRIES times if its error is retryable and the wait ends before the first-token
+    deadline. With k targets left, an attempt gets 1/(k+1) of the remaining time. After the first
+    chunk an error is final, because the client has read it.
     """
     now = asyncio.get_running_loop().time
     deadline = now() + settings.first_token_timeout_seconds
-    number = 0
-    while True:
-        target = targets[min(number, len(targets) - 1)]
-        number += 1
-        # Below 0 while other targets are left.
-        retries = number - len(targets)
+    attempts = [*targets, *[targets[-1]] * settings.max_retries]
+    for number, target in enumerate(attempts, start=1):
+        targets_left = max(0, len(targets) - number)
         attempt = Attempt(target.name)
         call.attempts.append(attempt)
-        async with aclosing(target.provider.stream(target.model, messages, call)) as batches:
-            try:
-                left = deadline - now()
-                with anyio.move_on_after(left / (1 + max(0, -retries))) as waiting:
-                    first = await anext(batches)
-                if waiting.cancelled_caught:
-                    raise ServiceError(
-                        "upstream_timeout", "The model did not begin in time. Try again."
-                    )
-            except ServiceError as error:
-                failure = error
-            else:
-                yield first
-                async for batch in batches:
-                    yield batch
-                return
-        attempt.error, attempt.cause = failure.code, failure.cause
-        if retries < 0:
+        try:
+            seconds = (deadline - now()) / (targets_left + 1)
+            return await _stream_within(seconds, target, messages, call, sink)
+        except ServiceError as error:
+            attempt.error, attempt.cause = error.code, error.cause
+            if sink.started:
+                raise
+            failure = error
+        if targets_left:
             continue
+        retries = number - len(targets)
         wait = backoff(retries) if failure.retry_after is None else failure.retry_after
-        if retries == settings.max_retries or not failure.retryable or now() + wait >= deadline:
-            raise failure
-        await anyio.sleep(wait)
+        if not failure.retryable or now() + wait >= deadline:
+            break
+        if number < len(attempts):
+            await anyio.sleep(wait)
+    raise failure
+
+
+async def _stream_within(
+    seconds: float, target: Target, messages: Sequence[Message], call: Call, sink: Sink
+) -> Completion:
+    """Stream one attempt. Raise upstream_timeout if it writes nothing within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds) as timeout:
+            sink.on_start = partial(timeout.reschedule, None)
+            return await target.provider.stream(target.model, messages, call, sink)
+    except TimeoutError:
+        problem = "The model did not start to respond in time. Retry."
+        raise ServiceError("upstream_timeout", problem) from None
 
 
 def backoff(retries: int) -> float:
-    """Seconds before another try: half a second, doubling to 8, up to a quarter less at random, so
-    that many callers who failed together do not come back together."""
-    return min(0.5 * 2.0**retries, 8.0) * (1 - random.random() / 4)  # noqa: S311 - no secret
+    """Return the seconds to wait before the next retry.
+
+    0.5 s, doubling up to 8 s, minus up to a quarter at random, so that callers that failed together
+    do not retry together.
+    """
+    return min(0.5 * 2.0**retries, 8.0) * (1 - random.random() / 4)  # noqa: S311 - not a secret

@@ -1,7 +1,7 @@
-"""Who is asking, how often they may, and how many answers they may have open.
+"""Caller identity, rate limits and concurrency limits.
 
-The bucket's arithmetic is in whole numbers and knows no clock. `MemoryRateLimiter` keeps a bucket for each
-caller in this process; `StreamLimiter` counts open answers. Neither waits: there is room, or an error.
+The token bucket is integer arithmetic without a clock, so the Redis script can compute exactly the
+same result. Limiters never wait: a request is admitted or rejected at once.
 """
 
 import hashlib
@@ -11,19 +11,24 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 from errors import ServiceError
 from settings import ApiKey, Rate
 
-# In a second: buckets are counted by a clock of microseconds, as Redis has one.
+# Microseconds in a second. Redis's TIME command has the same resolution.
 MICROSECONDS = 1_000_000
-# 350 bytes a bucket: 50,000 addresses are under 20 MB, in a container that is given 128.
+# A bucket takes 350 bytes, so 50,000 take less than 20 MB of a 128 MiB container.
 MAX_BUCKETS = 50_000
 
 
 class Caller(NamedTuple):
-    """A key's name, or an address. `owner` tells the two apart, whatever a key is called."""
+    """The client a request belongs to: the name of an API key, or an IP address.
+
+    `owner` identifies the caller in limiters and stores. It includes the kind, so a key that is
+    named like an address is a different caller.
+    """
 
     kind: Literal["key", "anonymous"]
     name: str
@@ -33,17 +38,25 @@ class Caller(NamedTuple):
         return f"{self.kind}:{self.name}"
 
 
-def authenticate(token_text: str, keys: Sequence[ApiKey]) -> Caller | None:
-    """The caller whose key this is. All keys are compared, each in constant time, so that neither
-    the time nor the place of a match tells anything about a key."""
-    digest = hashlib.sha256(token_text.encode()).digest()
+def authenticate(token: str, keys: Sequence[ApiKey]) -> Caller | None:
+    """Return the caller whose API key is `token`, or None if no key matches.
+
+    Compares every key in constant time, so response times reveal nothing about the keys.
+    """
+    digest = hashlib.sha256(token.encode()).digest()
     names = [key.name for key in keys if hmac.compare_digest(key.digest, digest)]
     return Caller("key", names[-1]) if names else None
 
 
+# Clients choose their addresses, so the cache needs a limit.
+@lru_cache(maxsize=1024)
 def anonymous_caller(host: str | None) -> Caller:
-    """The anonymous caller at `host`: IPv4 whole, IPv6 by its /64, which one customer is given;
-    what is no address at all (a Unix socket, a proxy's `unknown`) level one name."""
+    """Return the anonymous caller at the IP address `host`.
+
+    IPv6 clients are identified by their /64, the smallest network that providers assign to a
+    customer. All hosts that are not an IP address (a Unix socket, "unknown" from a proxy) are one
+    caller named "unknown".
+    """
     try:
         address = ipaddress.ip_address(host or "")
     except ValueError:
@@ -54,18 +67,32 @@ def anonymous_caller(host: str | None) -> Caller:
     return Caller("anonymous", str(address))
 
 
+def failed_key_caller(host: str | None) -> Caller:
+    """Return the caller whose bucket pays for requests from `host` with an unknown API key.
+
+    It is not the anonymous caller at `host`, so wrong keys never use up that caller's tokens.
+    """
+    return Caller("anonymous", f"failed-key:{anonymous_caller(host).name}")
+
+
 class Bucket(NamedTuple):
-    """A token bucket, counted in level: a token is `seconds * MICROSECONDS` level and every
-    microsecond brings `limit` of them, so a full bucket refills in `seconds`. All whole numbers:
-    nothing is rounded, here or where a double holds them (to 2**53)."""
+    """The state of one token bucket.
+
+    The level is counted in units to keep the arithmetic exact: one token is `rate.seconds * 10**6`
+    units, and every microsecond adds `rate.limit` units. Levels stay below 2**53, so Redis's Lua
+    numbers (doubles) represent them exactly.
+    """
 
     level: int
-    updated_at: int
+    updated_at: int  # microseconds, monotonic clock
 
 
 class Decision(NamedTuple):
-    """What the bucket said. `wait` is the time until one more token is in it, in whole seconds,
-    rounded up: `t` of the RateLimit header, and Retry-After where nothing was left."""
+    """The result of taking a token.
+
+    `retry_after` is the time until the next token in whole seconds, rounded up. It is `t` in the
+    RateLimit header, and Retry-After when the request is rejected.
+    """
 
     allowed: bool
     remaining: int
@@ -73,8 +100,10 @@ class Decision(NamedTuple):
 
 
 def take(bucket: Bucket | None, rate: Rate, now: int) -> tuple[Bucket, Decision]:
-    """Take one token at `now`, in microseconds of a clock that never goes back. A caller without a
-    bucket has a full one."""
+    """Take one token at the time `now` and return the new bucket and the decision.
+
+    None is a full bucket. `now` is in microseconds; time that goes backwards adds no tokens.
+    """
     token = rate.seconds * MICROSECONDS
     full = rate.limit * token
     bucket = bucket or Bucket(full, now)
@@ -86,31 +115,37 @@ def take(bucket: Bucket | None, rate: Rate, now: int) -> tuple[Bucket, Decision]
 
 
 def decide(allowed: bool, level: int, rate: Rate) -> Decision:
-    """The decision of a bucket that holds so many level afterwards."""
+    """Return the decision for a bucket with `level` units left."""
     token = rate.seconds * MICROSECONDS
     missing = token - level % token
     return Decision(allowed, level // token, -(-missing // (rate.limit * MICROSECONDS)))
 
 
 def full_at(bucket: Bucket, rate: Rate) -> int:
-    """When the bucket is full again, and so says no more than no bucket at all."""
+    """Return the time, in microseconds, at which the bucket is full again."""
     missing = rate.limit * rate.seconds * MICROSECONDS - bucket.level
     return bucket.updated_at + -(-missing // rate.limit)
 
 
 class RateLimiter(Protocol):
-    """A bucket for each caller, of one rate."""
+    """A token bucket per caller, all with the same rate."""
 
     rate: Rate
 
     async def take(self, caller: Caller) -> Decision:
-        """One token of the caller's bucket. Raises StateUnavailable."""
+        """Take one token from the caller's bucket.
+
+        Raise state_unavailable if the buckets cannot be reached.
+        """
 
 
 class MemoryRateLimiter:
-    """Buckets in this process, by a clock of nanoseconds. Full ones are forgotten; when
-    `max_buckets` are in use the fullest goes first, so memory is bounded however many addresses
-    come."""
+    """Token buckets in this process.
+
+    A full bucket is the same as no bucket and is dropped. At `max_buckets`, the bucket that is
+    closest to full is dropped first, which bounds memory for any number of addresses. `clock`
+    returns nanoseconds.
+    """
 
     def __init__(
         self, rate: Rate, clock: Callable[[], int], max_buckets: int = MAX_BUCKETS
@@ -119,55 +154,64 @@ class MemoryRateLimiter:
         self._clock = clock
         self._max_buckets = max_buckets
         self.buckets: dict[str, Bucket] = {}
-        # One entry a bucket, (a time at which it was not yet full, its caller). Taking a token puts
-        # that time off; the entry learns of it when it comes to the top.
-        self._due: list[tuple[int, str]] = []
+        # A heap with one entry per bucket: a time at which it is full at the earliest, and its
+        # owner. Taking a token delays that time. `_evict` updates an entry when it reaches the top.
+        self._expirations: list[tuple[int, str]] = []
 
     async def take(self, caller: Caller) -> Decision:
         now = self._clock() // 1000
-        bucket, decision = take(self.buckets.get(caller.owner), self.rate, now)
-        if caller.owner not in self.buckets:
-            self._make_room(now)
-            heapq.heappush(self._due, (full_at(bucket, self.rate), caller.owner))
-        self.buckets[caller.owner] = bucket
+        owner = caller.owner
+        bucket, decision = take(self.buckets.get(owner), self.rate, now)
+        if owner not in self.buckets:
+            self._evict(now)
+            heapq.heappush(self._expirations, (full_at(bucket, self.rate), owner))
+        self.buckets[owner] = bucket
         return decision
 
-    def _make_room(self, now: int) -> None:
-        while self._due and (self._due[0][0] <= now or len(self.buckets) >= self._max_buckets):
-            due, owner = self._due[0]
-            later = full_at(self.buckets[owner], self.rate)
-            if later > due:
-                heapq.heapreplace(self._due, (later, owner))
+    def _evict(self, now: int) -> None:
+        """Drop all full buckets. At `max_buckets`, also drop the one that is closest to full."""
+        while self._expirations:
+            expires_at, owner = self._expirations[0]
+            if expires_at > now and len(self.buckets) < self._max_buckets:
+                return
+            updated = full_at(self.buckets[owner], self.rate)
+            if updated > expires_at:
+                heapq.heapreplace(self._expirations, (updated, owner))
             else:
-                heapq.heappop(self._due)
+                heapq.heappop(self._expirations)
                 del self.buckets[owner]
 
 
 class StreamLimiter:
-    """How many answers are open in this process, in all and for each caller."""
+    """Limits on the concurrent streams of this process, in total and per caller.
+
+    `active` is the number of streams in flight.
+    """
 
     def __init__(self, limit: int, limit_per_caller: int) -> None:
+        self.active = 0
         self._limit = limit
         self._limit_per_caller = limit_per_caller
-        # For each caller that has any, by its `owner`.
-        self.active: Counter[str] = Counter()
+        self._active_by_owner: Counter[str] = Counter()
 
     @contextmanager
     def acquire(self, caller: Caller) -> Iterator[None]:
-        """Room for one answer while the block runs. Raises Overloaded or TooManyStreams."""
-        if self.active.total() >= self._limit:
-            raise ServiceError(
-                "overloaded", "As many answers are open as fit. Try again.", retry_after=1
-            )
-        # A key stands for an application and its users, an address for one of them.
-        allowed = self._limit_per_caller * (10 if caller.kind == "key" else 1)
-        if self.active[caller.owner] >= allowed:
-            problem = f"You have {allowed} answers open, as many as you may. End one first."
+        """Hold one stream slot. Raise overloaded or too_many_streams if none is free."""
+        if self.active >= self._limit:
+            problem = f"The service is at its limit of {self._limit:,} concurrent streams."
+            raise ServiceError("overloaded", f"{problem} Retry in 1 s.", retry_after=1)
+        # An API key belongs to an application with many users, an address to one of them.
+        limit = self._limit_per_caller * (10 if caller.kind == "key" else 1)
+        owner = caller.owner
+        if self._active_by_owner[owner] >= limit:
+            problem = f"You have {limit:,} streams open, which is the limit. Close one first."
             raise ServiceError("too_many_streams", problem, retry_after=1)
-        self.active[caller.owner] += 1
+        self.active += 1
+        self._active_by_owner[owner] += 1
         try:
             yield
         finally:
-            self.active[caller.owner] -= 1
-            if not self.active[caller.owner]:
-                del self.active[caller.owner]
+            self.active -= 1
+            self._active_by_owner[owner] -= 1
+            if not self._active_by_owner[owner]:
+                del self._active_by_owner[owner]

@@ -1,9 +1,12 @@
-"""Sessions and limits in Redis, for any number of processes: STATE_URL=redis://… or rediss://…
+"""Rate limits and sessions in Redis, shared by any number of processes (STATE_URL=redis://...).
 
-What `sessions.py` and `ratelimit.py` ask for, as scripts that Redis runs one after the other: each
-is one round trip, and its clock is Redis's own. A session is a hash (whose it is, when it began and
-ends), a list of its turns and, while an answer is being written, a lock, which is a lease: a
-process that dies stops renewing it. One Redis or Valkey at one address; no Sentinel, no Cluster.
+Implements `RateLimiter` and `SessionStore` with Lua scripts. A script is atomic, takes one round
+trip, and reads the time from Redis, so the clocks of the processes do not matter.
+
+A session is a hash (owner, start, end), a list of turns and, while a response is running, a lock.
+The lock is a lease: its process renews it, and it expires soon after the process died.
+
+Supports one Redis or Valkey server at one address, without Sentinel or Cluster.
 """
 
 import asyncio
@@ -25,55 +28,59 @@ from sessions import (
     BUSY,
     ISSUED_ID,
     LOST,
+    NOT_FOUND,
     UNAVAILABLE,
     Session,
     SessionStore,
     Turn,
+    is_blank,
     new_session,
     trim_history,
 )
 from settings import Rate, SettingsError
 
-# For a trip, with the one before it and a new connection. A request makes two of them before its
-# answer begins, one at its end, and the first that fails is its last.
-TRIP_SECONDS = 1.0
-# For Redis to take a connection, and to answer: it needs less than a millisecond.
-ANSWER_SECONDS = 0.5
-# A session is free this long after its process died; renewed four times as often.
+# The deadline of a batch, including the end of the one before it and a new connection. A chat
+# request waits for at most three batches, and it ends at the first that fails.
+BATCH_TIMEOUT_SECONDS = 1.0
+# To connect, and for each reply. Redis needs less than a millisecond.
+SOCKET_TIMEOUT_SECONDS = 0.5
+# A session is unlocked this long after its process died. Leases are renewed four times as often.
 LEASE_MILLISECONDS = 4000
-# The whole numbers of a double, which Lua counts with.
-EXACT = 2**53
-TAKES = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
+# Lua's numbers are doubles, which represent integers up to this one exactly.
+MAX_EXACT_INTEGER = 2**53
+URL_FORMAT = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
 
-# `ratelimit.take` on whole numbers that a double holds. A bucket is "shares at"; it expires when it
-# is full, a millisecond late, for Redis cuts its clock to milliseconds. KEYS: the bucket. ARGV: a
-# token's shares, a full bucket's, the shares that a microsecond brings.
+# Take a token, as `ratelimit.take` does. The bucket is stored as "LEVEL UPDATED_AT" and expires
+# when it is full. It expires a millisecond late, because Redis truncates its clock to milliseconds.
+# KEYS: the bucket.
+# ARGV: the units of a token, of a full bucket, and those added per microsecond.
 TAKE = """
-local token, full, flow = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local token, full, refill = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local shares = full
-local before, at = string.match(redis.call('GET', KEYS[1]) or '', '(%d+) (%d+)')
-if before then
-  shares = math.min(full, before + math.max(0, now - at) * flow)
+local level = full
+local stored, updated_at = string.match(redis.call('GET', KEYS[1]) or '', '(%d+) (%d+)')
+if stored then
+  level = math.min(full, stored + math.max(0, now - updated_at) * refill)
 end
-local allowed = shares >= token
+local allowed = level >= token
 if allowed then
-  shares = shares - token
+  level = level - token
 end
-local milliseconds = math.ceil((full - shares) / (flow * 1000)) + 1
-redis.call('SET', KEYS[1], string.format('%.0f %.0f', shares, now), 'PX', milliseconds)
-return {allowed and 1 or 0, shares}
+local milliseconds = math.ceil((full - level) / (refill * 1000)) + 1
+redis.call('SET', KEYS[1], string.format('%.0f %.0f', level, now), 'PX', milliseconds)
+return {allowed and 1 or 0, level}
 """
 
-# Redis's time, in milliseconds.
+# Redis's clock in milliseconds.
 NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-# KEYS: session, its turns, its lock, here and below. ARGV: who asks; and, to lock it, a token, the
-# lease and, where a session may begin, its time to live. It outlives that time while it is locked.
+# Read a session and, with a token, lock it. A locked session does not expire before its lock.
+# KEYS: session, turns, lock; the same in the scripts below.
+# ARGV: the caller; to lock: the lock's token and lease; to create it if missing: its time to live.
 OPEN = f"""{NOW}
 local owner, began, ends = unpack(redis.call('HMGET', KEYS[1], 'owner', 'began', 'ends'))
 local new = not owner and ARGV[4]
@@ -81,7 +88,7 @@ if new then
   owner, began, ends = ARGV[1], now, now + ARGV[4]
 end
 if owner ~= ARGV[1] and owner ~= 'anyone' then
-  return 'unknown'
+  return 'not found'
 end
 if ARGV[2] then
   if not redis.call('SET', KEYS[3], ARGV[2], 'NX', 'PX', ARGV[3]) then
@@ -96,9 +103,11 @@ end
 return {{owner, began, ends, redis.call('LRANGE', KEYS[2], 0, -1)}}
 """
 
-# ARGV: the lock's token, "" for a session that is stored only now; the owner; the time to live;
-# and, with a turn, how many are trim_history, how long it took, and its JSON up to its times. The lock goes
-# first: whatever fails after it, the session is free.
+# Store a turn and unlock the session. The script deletes the lock first, so the session is
+# unlocked even if a later command fails.
+# ARGV: the lock's token ("" for a session that is not stored yet), the owner, the time to live;
+# with a turn: its duration and its JSON without the times; if the stored turns are not the turns to
+# retain: 'rewrite' and the JSON of each turn to retain.
 END = f"""{NOW}
 if ARGV[1] ~= '' then
   if redis.call('GET', KEYS[3]) ~= ARGV[1] then
@@ -106,14 +115,19 @@ if ARGV[1] ~= '' then
   end
   redis.call('DEL', KEYS[3])
 end
-local asked = now - (ARGV[5] or 0)
+local message_at = now - (ARGV[4] or 0)
 if redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1 then
-  redis.call('HSET', KEYS[1], 'began', asked, 'ends', now + ARGV[3])
+  redis.call('HSET', KEYS[1], 'began', message_at, 'ends', now + ARGV[3])
 end
-if ARGV[4] then
-  local times = string.format(',%.3f,%.3f]', asked / 1000, now / 1000)
-  redis.call('RPUSH', KEYS[2], ARGV[6] .. times)
-  redis.call('LTRIM', KEYS[2], -ARGV[4], -1)
+if ARGV[5] then
+  if ARGV[6] then
+    redis.call('DEL', KEYS[2])
+  end
+  for number = 7, #ARGV do
+    redis.call('RPUSH', KEYS[2], ARGV[number])
+  end
+  local times = string.format(',%.3f,%.3f]', message_at / 1000, now / 1000)
+  redis.call('RPUSH', KEYS[2], ARGV[5] .. times)
   redis.call('HSET', KEYS[1], 'ends', now + ARGV[3])
 end
 local ends = redis.call('HGET', KEYS[1], 'ends')
@@ -122,11 +136,12 @@ redis.call('PEXPIREAT', KEYS[2], ends)
 return 'ended'
 """
 
-# ARGV: who asks.
+# Delete a session.
+# ARGV: the caller.
 DELETE = """
 local owner = redis.call('HGET', KEYS[1], 'owner')
 if owner ~= ARGV[1] and owner ~= 'anyone' then
-  return 'unknown'
+  return 'not found'
 end
 if redis.call('EXISTS', KEYS[3]) == 1 then
   return 'busy'
@@ -134,105 +149,110 @@ end
 return redis.call('DEL', KEYS[1], KEYS[2])
 """
 
-# KEYS: those of every session whose answer runs here. ARGV: the lease, then their locks' tokens.
+# Renew the leases of this process.
+# KEYS: session, turns and lock of each open session.
+# ARGV: the lease, then the lock's token of each.
 RENEW = """
 local lease = tonumber(ARGV[1])
 for number = 2, #ARGV do
-  local lock = KEYS[number * 3 - 3]
+  local session, turns, lock = unpack(KEYS, number * 3 - 5, number * 3 - 3)
   if redis.call('GET', lock) == ARGV[number] then
     redis.call('PEXPIRE', lock, lease)
-    if redis.call('PTTL', KEYS[number * 3 - 5]) < lease then
-      redis.call('PEXPIRE', KEYS[number * 3 - 5], lease)
-      redis.call('PEXPIRE', KEYS[number * 3 - 4], lease)
+    if redis.call('PTTL', session) < lease then
+      redis.call('PEXPIRE', session, lease)
+      redis.call('PEXPIRE', turns, lease)
     end
   end
 end
 """
 
-# A script, its keys and arguments.
-Question = tuple[str, Sequence[str], Sequence[str | bytes | int]]
+# A script with its keys and arguments.
+ScriptCall = tuple[str, Sequence[str], Sequence[str | bytes | int]]
 
 
 def open_redis_state(
     url: str, rates: Mapping[str, Rate], *, ttl: float, max_chars: int
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
-    """A limiter for each rate, and the sessions, in the Redis at `url`. Raises SettingsError."""
-    server = RedisClient(url)
-    limiters = {kind: RedisRateLimiter(server, rate) for kind, rate in rates.items()}
-    return limiters, RedisStore(server, ttl=ttl, max_chars=max_chars)
+    """Return a rate limiter for each rate, and the session store, in the Redis at `url`.
+
+    Raises SettingsError if Redis cannot be used.
+    """
+    client = RedisClient(url)
+    limiters = {kind: RedisRateLimiter(client, rate) for kind, rate in rates.items()}
+    return limiters, RedisStore(client, ttl=ttl, max_chars=max_chars)
 
 
 class RedisClient:
-    """The Redis at `url`. Raises SettingsError if it does not answer now, or may forget what it was
-    given.
+    """A connection to the Redis at `url` that pipelines concurrent calls.
 
-    One thread speaks to it, on one connection: the event loop never waits, and a loop that is late
-    does not make Redis look slow. What is asked while it waits goes together in the next trip.
+    One thread uses the connection, so the event loop never waits for Redis, and a busy event loop
+    does not make Redis look slow. Calls made while a batch is in flight form the next batch.
+
+    Raises SettingsError if Redis does not respond, or evicts keys when it is full.
     """
 
     def __init__(self, url: str) -> None:
-        self._waiting: list[tuple[asyncio.Future[Any], Question]] = []
-        self._sending: asyncio.Task[None] | None = None
+        self._queue: list[tuple[asyncio.Future[Any], ScriptCall]] = []
+        self._sender: asyncio.Task[None] | None = None
         try:
-            # Without HELLO and CLIENT SETINFO a new connection costs no further trip.
+            # RESP 2 without client information needs no extra round trip per connection.
             self._client = redis.Redis.from_url(
-                url, socket_timeout=ANSWER_SECONDS, retry=None, protocol=2, driver_info=None
+                url, socket_timeout=SOCKET_TIMEOUT_SECONDS, retry=None, protocol=2, driver_info=None
             )
             memory = self._client.info("memory")
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            problem = f"Redis does not serve: start it, or set another ({error})"
+            problem = f"Redis does not respond: {error}. Start it, or set another address"
             raise SettingsError(f"STATE_URL: {problem}") from None
         except (redis.RedisError, ValueError, TypeError) as error:
-            # Their texts may quote the user's name or the password.
-            problem = f"can't be used ({type(error).__name__}); it takes {TAKES}"
+            # The error's text is not shown, because it may contain the user or the password.
+            problem = f"Redis cannot be used ({type(error).__name__}). The format is {URL_FORMAT}"
             raise SettingsError(f"STATE_URL: {problem}") from None
         if memory.get("maxmemory") and memory["maxmemory_policy"] != "noeviction":
-            problem = f"forgets when it is full ({memory['maxmemory_policy']}): set noeviction"
-            raise SettingsError(f"STATE_URL: this Redis {problem}")
+            problem = f"this Redis evicts keys when it is full ({memory['maxmemory_policy']})"
+            raise SettingsError(f"STATE_URL: {problem}. Set its maxmemory-policy to noeviction")
         self._thread = ThreadPoolExecutor(1, "redis")
 
     async def call(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Any:
-        """What the script returns, which is the script's to say, after one round trip. Raises
-        StateUnavailable."""
-        waiting = asyncio.get_running_loop().create_future()
-        self._waiting.append((waiting, (script, keys, args)))
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send())
-        reply = await waiting
+        """Run a script and return its result. Raises state_unavailable."""
+        future = asyncio.get_running_loop().create_future()
+        self._queue.append((future, (script, keys, args)))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send())
+        reply = await future
         if isinstance(reply, Exception):
             raise ServiceError("state_unavailable", UNAVAILABLE, retry_after=1) from reply
         return reply
 
     async def aclose(self) -> None:
-        if self._sending is not None:
-            await self._sending
+        if self._sender is not None:
+            await self._sender
         self._thread.shutdown()
         self._client.close()
 
     async def _send(self) -> None:
-        """Trip after trip, until nobody asks."""
-        while self._waiting:
-            asked, self._waiting = self._waiting, []
-            questions = [question for _, question in asked]
-            trip = asyncio.get_running_loop().run_in_executor(self._thread, self._trip, questions)
-            await asyncio.wait([trip], timeout=TRIP_SECONDS)
-            replies = trip.result() if trip.done() else TimeoutError()
+        """Send the queued calls, batch after batch, until the queue is empty."""
+        while self._queue:
+            batch, self._queue = self._queue, []
+            calls = [call for _, call in batch]
+            sent = asyncio.get_running_loop().run_in_executor(self._thread, self._execute, calls)
+            await asyncio.wait([sent], timeout=BATCH_TIMEOUT_SECONDS)
+            replies = sent.result() if sent.done() else TimeoutError()
             if isinstance(replies, Exception):
-                # Who has come meanwhile would wait as long for no more.
-                asked += self._waiting
-                self._waiting = []
-                replies = [replies] * len(asked)
-            for (waiting, _), reply in zip(asked, replies, strict=True):
-                if not waiting.done():
-                    waiting.set_result(reply)
+                # Calls that arrived meanwhile would wait for the same failure.
+                batch += self._queue
+                self._queue = []
+                replies = [replies] * len(batch)
+            for (future, _), reply in zip(batch, replies, strict=True):
+                if not future.done():
+                    future.set_result(reply)
 
-    def _trip(self, questions: Sequence[Question]) -> list[Any] | Exception:
-        """In the thread: what each script returned, or raised; or why nothing came of it."""
+    def _execute(self, calls: Sequence[ScriptCall]) -> list[Any] | Exception:
+        """Run the scripts and return the result or the error of each, or the connection's error."""
         try:
             with self._client.pipeline(transaction=False) as pipeline:
-                # Whole, not by its SHA-1: Redis compiles it once all the same, and one that was
-                # started anew need not be told it.
-                for script, keys, args in questions:
+                # EVAL, not EVALSHA: Redis caches compiled scripts by their text anyway, and a
+                # restarted Redis needs no reloading.
+                for script, keys, args in calls:
                     pipeline.eval(script, len(keys), *keys, *args)
                 return pipeline.execute(raise_on_error=False)
         except (redis.RedisError, OSError) as error:
@@ -240,111 +260,117 @@ class RedisClient:
 
 
 class RedisRateLimiter:
-    """A bucket for each caller, of one rate, shared by all who use this Redis. Raises SettingsError
-    for a rate that can't be counted there."""
+    """A token bucket per caller, shared by all processes that use this Redis.
+
+    Raises SettingsError if Lua's numbers cannot represent the buckets of `rate` exactly.
+    """
 
     def __init__(self, client: RedisClient, rate: Rate) -> None:
         self.rate = rate
         self._client = client
         token = rate.seconds * MICROSECONDS
-        # Shares that only ever come and go together are counted as one.
-        self._together = math.gcd(token, rate.limit)
-        token, flow = token // self._together, rate.limit // self._together
-        if rate.limit * token > EXACT:
-            rough = f"{rate.limit} in {rate.seconds} s"
-            raise SettingsError(f"RATE_LIMIT: Redis can't count {rough}; take a rounder number")
-        self._sizes = (token, rate.limit * token, flow)
+        # Levels are multiples of this divisor. Dividing by it keeps the numbers in Redis small.
+        self._divisor = math.gcd(token, rate.limit)
+        token, refill = token // self._divisor, rate.limit // self._divisor
+        if rate.limit * token > MAX_EXACT_INTEGER:
+            problem = f"Redis cannot count {rate.limit} requests per {rate.seconds} s exactly"
+            raise SettingsError(f"RATE_LIMIT: {problem}. Set a rounder number")
+        self._sizes = (token, rate.limit * token, refill)
 
     async def take(self, caller: Caller) -> Decision:
-        """One token of the caller's bucket. Raises StateUnavailable."""
+        """Take one token from the caller's bucket. Raises state_unavailable."""
         key = f"chat:bucket:{self.rate.limit}/{self.rate.seconds}:{caller.owner}"
-        allowed, shares = await self._client.call(TAKE, [key], *self._sizes)
-        return decide(bool(allowed), shares * self._together, self.rate)
+        allowed, level = await self._client.call(TAKE, [key], *self._sizes)
+        return decide(bool(allowed), level * self._divisor, self.rate)
 
 
 class RedisStore(SessionStore):
-    """Sessions in Redis, which forgets them by itself when their time is over. Ids are stored as
-    SHA-256, as in SQLite; times are Redis's."""
+    """Sessions in Redis, which deletes expired ones. Ids are stored as SHA-256 hashes.
+
+    The generation of an open session is the random token of its lock.
+    """
 
     def __init__(self, client: RedisClient, *, ttl: float, max_chars: int) -> None:
         self._client = client
         self._ttl = ttl
         self._max_chars = max_chars
-        # The keys of the sessions whose answers run here, by their locks' tokens.
-        self._held: dict[str, Sequence[str]] = {}
-        self._renewing: asyncio.Task[None] | None = None
+        # The sessions that this process has open, by lock token: their keys and how many turns are
+        # stored.
+        self._locked: dict[str, tuple[Sequence[str], int]] = {}
+        self._renewal: asyncio.Task[None] | None = None
 
     async def open(self, owner: str, session_id: str | None) -> Session:
         if session_id is None:
             return new_session(owner, time.time(), self._ttl)
         token = secrets.token_urlsafe(16)
-        new = () if ISSUED_ID.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
-        session = await self._find(owner, session_id, token, LEASE_MILLISECONDS, *new)
-        self._held[token] = _keys(owner, session_id)
-        if self._renewing is None or self._renewing.done():
-            self._renewing = asyncio.create_task(self._keep_renewing())
+        ttl = () if ISSUED_ID.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
+        session, count = await self._load(owner, session_id, token, LEASE_MILLISECONDS, *ttl)
+        self._locked[token] = _keys(owner, session_id), count
+        if self._renewal is None or self._renewal.done():
+            self._renewal = asyncio.create_task(self._renew_leases())
         return session._replace(generation=token)
 
     async def end(self, session: Session, turn: Turn | None) -> None:
         token = str(session.generation or "")
-        self._held.pop(token, None)
-        said: tuple[int, int, bytes] | tuple[()] = ()
-        if turn is not None:
-            text = to_json(turn[:3])[:-1]
-            count = len(trim_history([*session.turns, turn], self._max_chars))
-            took = max(0, round((turn.response_at - turn.message_at) * 1000))
-            said = (count, took, text)
-        keys, ttl = _keys(session.owner, session.id), math.ceil(self._ttl * 1000)
-        if await self._client.call(END, keys, token, session.owner, ttl, *said) == b"lost":
+        keys, count = self._locked.pop(token, (_keys(session.owner, session.id), 0))
+        args: list[str | bytes | int] = [token, session.owner, math.ceil(self._ttl * 1000)]
+        if turn is not None and not is_blank(turn):
+            duration = max(0, round((turn.response_at - turn.message_at) * 1000))
+            args += [duration, to_json(turn[:3])[:-1]]
+            *retained, _ = trim_history([*session.turns, turn], self._max_chars)
+            if len(retained) != count:
+                args += ["rewrite", *(to_json(tuple(turn)) for turn in retained)]
+        if await self._client.call(END, keys, *args) == b"lost":
             raise ServiceError("state_unavailable", LOST)
 
     async def read(self, owner: str, session_id: str) -> Session:
-        return await self._find(owner, session_id)
+        session, _ = await self._load(owner, session_id)
+        return session
 
     async def delete(self, owner: str, session_id: str) -> None:
         _raise_if_rejected(await self._client.call(DELETE, _keys(owner, session_id), owner))
 
     async def sweep(self) -> None:
-        """Redis does."""
+        """Do nothing: Redis deletes expired sessions."""
 
     async def check(self) -> None:
         await self._client.call(RENEW, [], LEASE_MILLISECONDS)
 
     async def aclose(self) -> None:
-        if self._renewing is not None:
-            self._renewing.cancel()
+        if self._renewal is not None:
+            self._renewal.cancel()
         await self._client.aclose()
 
-    async def _find(self, owner: str, session_id: str, *lock: str | int) -> Session:
-        found = await self._client.call(OPEN, _keys(owner, session_id), owner, *lock)
-        holder, began, ends, turns = _raise_if_rejected(found)
-        history = [Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns))]
+    async def _load(self, owner: str, session_id: str, *lock: str | int) -> tuple[Session, int]:
+        """Return the session and how many turns are stored, which may be more than it retains."""
+        reply = await self._client.call(OPEN, _keys(owner, session_id), owner, *lock)
+        stored_owner, began, ends, turns = _raise_if_rejected(reply)
+        history = (Turn(*turn) for turn in from_json(b"[%b]" % b",".join(turns)))
+        retained = trim_history(history, self._max_chars)
         times = int(began) / 1000, int(ends) / 1000
-        return Session(
-            session_id, holder.decode(), None, *times, trim_history(history, self._max_chars)
-        )
+        return Session(session_id, stored_owner.decode(), None, *times, retained), len(turns)
 
-    async def _keep_renewing(self) -> None:
-        """The leases of all answers that run here, together, for as long as there are any."""
-        while self._held:
+    async def _renew_leases(self) -> None:
+        """Renew the leases of all open sessions, until there are none."""
+        while self._locked:
             await asyncio.sleep(LEASE_MILLISECONDS / 4000)
-            keys = [key for keys in self._held.values() for key in keys]
-            # One that could not be renewed now may be yet, until it is over.
+            keys = [key for keys, _ in self._locked.values() for key in keys]
+            # A failed renewal is tried again before the lease expires.
             with suppress(ServiceError):
-                await self._client.call(RENEW, keys, LEASE_MILLISECONDS, *self._held)
+                await self._client.call(RENEW, keys, LEASE_MILLISECONDS, *self._locked)
 
 
 def _keys(owner: str, session_id: str) -> Sequence[str]:
-    """Of the session, its turns and its lock. An id of one's own choice is its owner's alone."""
-    holder = "" if ISSUED_ID.fullmatch(session_id) else owner
-    digest = hashlib.sha256(f"{holder} {session_id}".encode()).hexdigest()
+    """Return the keys of the session, its turns and its lock. Chosen ids are private per owner."""
+    owner = "" if ISSUED_ID.fullmatch(session_id) else owner
+    digest = hashlib.sha256(f"{owner} {session_id}".encode()).hexdigest()
     return [f"chat:{part}:{digest}" for part in ("session", "turns", "lock")]
 
 
 def _raise_if_rejected(reply: Any) -> Any:
-    """What a script returned, if it is not one of the two words for no."""
-    if reply == b"unknown":
-        raise ServiceError("session_not_found", "There is no such session, or it is not yours.")
+    """Return the result of a script, or raise the error that it stands for."""
+    if reply == b"not found":
+        raise ServiceError("session_not_found", NOT_FOUND)
     if reply == b"busy":
         raise ServiceError("session_busy", BUSY, retry_after=1)
     return reply

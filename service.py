@@ -1,4 +1,4 @@
-"""The service: its routes, the way of a request through them, and how everything is put together.
+"""The service: its routes, the path of a request through them, and the composition of all parts.
 
 `create_app` is the one place where the parts meet; `main` runs it. Read this file first and last.
 """
@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -38,18 +38,25 @@ from ratelimit import (
     StreamLimiter,
     anonymous_caller,
     authenticate,
+    failed_key_caller,
 )
-from server import Drain, Server, listen, probe
+from server import (
+    CONNECTION,
+    MAX_DROPPED_BYTES,
+    ClientConnection,
+    Drain,
+    Server,
+    listen,
+    probe,
+    raise_descriptor_limit,
+)
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
-from settings import Settings, SettingsError, from_env, read_env_file, unknown_variable_warnings
+from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import End, EventStream
 
+VERSION = "0.1.0"
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
 ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
-UNKNOWN_PROXY = (
-    "X-Forwarded-For comes from this machine and is not believed: all its users are one caller. If"
-    " that is your proxy, set FORWARDED_ALLOW_IPS=127.0.0.1"
-)
 STATIC = Path(__file__).with_name("static")
 # Only the playground's own files may run or load, so nothing in a model's response can. Trusted
 # Types forbid its own script to create HTML from text (CSP 3 and Trusted Types, W3C).
@@ -59,17 +66,18 @@ CONTENT_SECURITY_POLICY = (
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
 SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
-ABOUT = "A chat backend: POST /api/v1/chat in, one event stream out."
-SEE = "Everything is set in the environment or in .env; .env.example names and explains it."
-PROBE = "ask the service that runs with these settings whether it is ready, and end with 0 if it is"
-# More than any model's context; a provider's number beyond it is nonsense.
-MAX_TOKENS = 2**31
 SWEEP_SECONDS = 60.0
-# What is still to come of a body is not read; the next request had better go to another replica.
-CLOSING = ("body_too_large", "request_timeout", "shutting_down")
-# A refused body is read on for this much, so that a client that writes before it reads gets the
-# answer and not a reset connection.
-MAX_REFUSED_BYTES = 2**22
+# After these errors the connection is closed: the rest of the body is not read, or the client
+# should send its next request to another replica.
+CLOSING_ERRORS = ("body_too_large", "request_timeout", "shutting_down")
+HIDDEN_CLIENTS = (
+    "Ignoring X-Forwarded-For from %s: the proxy is not listed in FORWARDED_ALLOW_IPS, so all its"
+    " clients share one rate limit. Set FORWARDED_ALLOW_IPS=%s if it is your proxy"
+)
+SHARED_SESSION_ID = (
+    "must be left out: the proxy does not name its clients, so they would share this session. Use"
+    " the id that the response returns, or set FORWARDED_ALLOW_IPS and X-Forwarded-For"
+)
 
 
 @dataclass
@@ -84,18 +92,19 @@ class Service:
     store: SessionStore
     metrics: telemetry.Metrics
     log: logging.Logger
-    # Whether it was said that the users of an unknown proxy are one caller.
-    warned_of_proxy: bool = False
+    _warned: set[str] = field(default_factory=set)
 
-    # POST /api/v1/chat, in the order in which a request can be refused
+    # POST /api/v1/chat
 
-    async def chat(self, request: Request) -> ASGIApp:
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer POST /api/v1/chat. The order of the checks is part of the API."""
         self.drain.check()
-        record: telemetry.Record = request.state.record
-        caller = await self._admit(request, record)
+        request = Request(scope, receive)
+        record: telemetry.RequestRecord = request.state.record
+        caller = await self._admit(request)
         with ExitStack() as held:
             held.enter_context(self.streams.acquire(caller))
-            body = await self._body(request)
+            body = await self._read_body(request)
             chat = parse_request(body, self.settings.max_message_chars)
             targets = self.router.resolve(chat.model_id)
             record.fields["requested_model"] = targets[0].name
@@ -103,158 +112,150 @@ class Service:
                 self._reject_shared_session_id(request, caller, chat.session_id)
             session = await self.store.open(caller.owner, chat.session_id)
             record.fields["session"] = telemetry.short_hash(session.id)
-            # From here on the answer holds slot and session, however it ends.
+            # From here on the stream frees slot and session, however it ends.
             slot = held.pop_all()
         message_at = time.time()
 
         async def on_finish(text: str, end: End) -> None:
-            whole = isinstance(end, Completion)
-            # Without text there is nothing to remember, and some providers refuse an empty answer.
-            turn = Turn(chat.message, text, whole, message_at, time.time()) if text else None
+            complete = isinstance(end, Completion)
+            # Providers reject conversations with a blank message.
+            turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
             with slot:
                 await self.store.end(session, turn)
 
         call = Call(record.request_id, record.traceparent)
-        chunks = complete(targets, self._messages(session, chat.message), call, self.settings)
-        stream = EventStream(chunks, on_finish, record.request_id, session.id, self.settings)
-
-        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                with self.drain.track(stream.abort):
-                    await stream(scope, receive, send)
-            finally:
-                self._report(record, call, stream)
-
-        return respond
-
-    async def _admit(self, request: Request, record: telemetry.Record) -> Caller:
-        """The caller, who had a token left; the answer's RateLimit headers say how many more."""
-        self._warn_about_untrusted_proxy(request)
-        scheme, _, presented = request.headers.get("authorization", "").partition(" ")
-        bearer = scheme.lower() == "bearer"
-        key = authenticate(presented.strip(), self.settings.api_keys) if bearer else None
-        # A wrong key is charged to its address, or guessing would be free; a right one never is.
-        caller = key or anonymous_caller(request.client.host if request.client else None)
-        record.fields |= {"caller": key.name} if key else {}
-        limiter = self.limiters.get(caller.kind)
-        if limiter is not None:
-            decision = await limiter.take(caller)
-            limit, seconds = limiter.rate
-            record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
-            record.headers["RateLimit"] = (
-                f'"{caller.kind}";r={decision.remaining};t={decision.retry_after}'
+        messages = self._messages(session, chat.message)
+        run = partial(complete, targets, messages, call, settings=self.settings)
+        stream = EventStream(run, on_finish, record.request_id, session.id, self.settings)
+        try:
+            with self.drain.track(stream.abort):
+                await stream(scope, receive, send)
+        finally:
+            self.metrics.finish_stream(
+                record, stream.fill_report(), call.attempts, self.router.known
             )
-            if not decision.allowed:
-                self.metrics.rate_limited.labels(caller.kind).inc()
-                problem = (
-                    f"You may ask {limit} times in {seconds} s. Wait {decision.retry_after} s."
-                )
-                raise ServiceError("rate_limited", problem, retry_after=decision.retry_after)
-        if bearer and key is None:
-            raise ServiceError(
-                "invalid_api_key", "This API key is unknown. Check it with the operator."
-            )
-        if key is None and not self.settings.allow_anonymous:
-            raise ServiceError(
-                "invalid_api_key", "A key is needed: send Authorization: Bearer KEY."
-            )
-        return caller
 
-    def _warn_about_untrusted_proxy(self, request: Request) -> None:
-        """Say once that all users of an unknown proxy are one caller."""
-        local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
-        unknown = not (self.settings.forwarded_allow_ips or self.warned_of_proxy)
-        if local and unknown and "x-forwarded-for" in request.headers:
-            self.warned_of_proxy = True
-            self.log.warning(UNKNOWN_PROXY)
+    async def _read_body(self, request: Request) -> bytes:
+        """Return the request's body.
 
-    async def _body(self, request: Request) -> bytes:
+        Raise unsupported_media_type, body_too_large, request_timeout, or shutting_down if the
+        service is stopped meanwhile.
+        """
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
-            problem = "The body must be JSON and say so: curl -H 'Content-Type: application/json'."
+            problem = "Send the body as JSON: curl -H 'Content-Type: application/json'."
             raise ServiceError("unsupported_media_type", problem)
-        limit, seconds = self.settings.max_body_bytes, self.settings.body_timeout_seconds
-        body = bytearray()
-        received, began = 0, time.monotonic()
+        connection: ClientConnection = request.scope["extensions"][CONNECTION]
+        if connection.body_arrived:
+            return await self._receive_body(request)
+        seconds, began = self.settings.body_timeout_seconds, time.monotonic()
         waiting = anyio.move_on_after(seconds)
-        with waiting, self.drain.track(lambda error: waiting.cancel()):
-            async for part in request.stream():
-                received += len(part)
-                if received <= limit:
-                    body += part
-                elif received > MAX_REFUSED_BYTES:
-                    break
-        request.state.record.waited = time.monotonic() - began
+        try:
+            with waiting, self.drain.track(lambda error: waiting.cancel()):
+                return await self._receive_body(request)
+        finally:
+            request.state.record.wait_seconds = time.monotonic() - began
+        self.drain.check()
+        raise ServiceError(
+            "request_timeout", f"The body did not arrive within {seconds:g} s. Retry."
+        )
+
+    async def _receive_body(self, request: Request) -> bytes:
+        limit, received = self.settings.max_body_bytes, 0
+        body = bytearray()
+        async for part in request.stream():
+            received += len(part)
+            if received <= limit:
+                body += part
+            elif received > MAX_DROPPED_BYTES:
+                break
         if received > limit:
-            raise ServiceError("body_too_large", f"The body may have {limit} bytes.")
-        if waiting.cancelled_caught:
-            self.drain.check()
-            raise ServiceError("request_timeout", f"The body did not arrive within {seconds:g} s.")
+            raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
         return bytes(body)
 
-    def _reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
-        """An id of one's own choice is private to the caller. Behind an unknown proxy all users
-        have one address, and would read each other's `demo`."""
-        proxied = "x-forwarded-for" in request.headers or "forwarded" in request.headers
-        shared = proxied and not self.settings.forwarded_allow_ips
-        shared = caller.kind == "anonymous" and (shared or caller.name == "unknown")
-        if shared and not ISSUED_ID.fullmatch(session_id):
-            problem = (
-                "can't be chosen here, where one address may be many users: leave it out and keep"
-                " the one you are given, or have FORWARDED_ALLOW_IPS set"
-            )
-            raise invalid_request(FieldProblem(field="session_id", message=problem))
-
     def _messages(self, session: Session, message: str) -> list[Message]:
+        """Return what the provider gets: the system prompt, the history and the new message."""
         messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
         if self.settings.system_prompt:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
 
-    def _report(self, record: telemetry.Record, call: Call, stream: EventStream) -> None:
-        """What log and metrics say of an answer, once it has ended."""
-        end = stream.end
-        record.outcome = stream.outcome
-        record.waited += stream.waited + stream.blocked
-        gap = round(stream.max_chunk_gap * 1000, 1)
-        record.fields |= {"chunks": len(stream.chunks), "max_chunk_gap_ms": gap}
-        if isinstance(end, ServiceError) and end.code == "internal_error":
-            record.exception = end.__cause__ or end
-        # The stream asks a provider before it waits for anything, so there is one.
-        last = call.attempts[-1]
-        if isinstance(end, ServiceError) and end.caused_by != "service":
-            last.error, last.cause = end.code, end.cause
-        elif isinstance(end, ServiceError) and end.cause:
-            record.fields["cause"] = end.cause
-        provider, _, model = last.model.partition("/")
-        # A glob lets callers make up names, which must not become labels.
-        model = model if last.model in self.router.known else "other"
-        for failed, following in pairwise(call.attempts):
-            kind = "retry" if failed.model == following.model else "failover"
-            self.metrics.retries.labels(kind, failed.error).inc()
-        record.fields |= {"provider": provider, "attempts": list(map(vars, call.attempts))}
-        self.metrics.chunks.labels(provider, model).inc(len(stream.chunks))
-        if stream.first_chunk_at is not None:
-            seconds = max(0.0, stream.first_chunk_at - record.started)
-            record.fields["ttft_ms"] = round(seconds * 1000, 1)
-            self.metrics.ttft.observe(seconds)
-            self.metrics.max_chunk_gap.observe(stream.max_chunk_gap)
-        if isinstance(end, Completion):
-            record.fields["model"] = telemetry.safe_name(end.model)
-            record.fields["finish_reason"] = telemetry.safe_name(end.finish_reason)
-            for kind in ("prompt_tokens", "completion_tokens"):
-                count = (end.usage or {}).get(kind)
-                if isinstance(count, int) and 0 <= count < MAX_TOKENS:
-                    record.fields[kind] = count
-                    self.metrics.tokens.labels(provider, model, kind).inc(count)
+    # Who sends a request, and whether it may
 
-    # What a session remembers, and its end
+    async def _admit(self, request: Request) -> Caller:
+        """Return the caller and take a token from its bucket.
+
+        Raise rate_limited or invalid_api_key. The response gets the RateLimit headers.
+        """
+        record: telemetry.RequestRecord = request.state.record
+        self._warn_about_hidden_clients(request)
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = scheme.lower() == "bearer"
+        key = authenticate(token.strip(), self.settings.api_keys) if bearer else None
+        host = request.client.host if request.client else None
+        caller = key or anonymous_caller(host)
+        record.fields |= {"caller": key.name} if key else {}
+        await self._take_token(failed_key_caller(host) if bearer and not key else caller, record)
+        if bearer and key is None:
+            raise ServiceError("invalid_api_key", "This API key is unknown. Check the key.")
+        if key is None and not self.settings.allow_anonymous:
+            problem = "An API key is required. Send the header Authorization: Bearer KEY."
+            raise ServiceError("invalid_api_key", problem)
+        return caller
+
+    async def _take_token(self, caller: Caller, record: telemetry.RequestRecord) -> None:
+        limiter = self.limiters.get(caller.kind)
+        if limiter is None:
+            return
+        decision = await limiter.take(caller)
+        limit, seconds = limiter.rate
+        remaining, retry_after = decision.remaining, decision.retry_after
+        record.headers["RateLimit-Policy"] = f'"{caller.kind}";q={limit};w={seconds}'
+        record.headers["RateLimit"] = f'"{caller.kind}";r={remaining};t={retry_after}'
+        if not decision.allowed:
+            self.metrics.rate_limited.labels(caller.kind).inc()
+            problem = f"Rate limit exceeded: {limit} requests per {seconds} s."
+            retry = f"Retry in {retry_after} s."
+            raise ServiceError("rate_limited", f"{problem} {retry}", retry_after=retry_after)
+
+    def _warn_about_hidden_clients(self, request: Request) -> None:
+        """Warn once about a proxy on this machine that is not trusted."""
+        host = request.client.host if request.client else ""
+        trusts_none = not self.settings.forwarded_allow_ips
+        if trusts_none and host in ("127.0.0.1", "::1") and "x-forwarded-for" in request.headers:
+            self._warn_once(HIDDEN_CLIENTS % (host, host))
+
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            self.log.warning(warning)
+
+    def _reject_shared_session_id(self, request: Request, caller: Caller, session_id: str) -> None:
+        """Raise invalid_request if several users could choose the same session id.
+
+        An id that the caller chooses is private to its address. Users of a proxy that forwards
+        requests without naming its clients have one address.
+        """
+        if caller.kind == "key" or ISSUED_ID.fullmatch(session_id):
+            return
+        forwarded = "x-forwarded-for" in request.headers or "forwarded" in request.headers
+        connection: ClientConnection = request.scope["extensions"][CONNECTION]
+        named = request.client is not None and request.client.host != connection.peer
+        if caller.name != "unknown" and (named or not forwarded):
+            return
+        if self.settings.forwarded_allow_ips:
+            self._warn_once(
+                f"The proxy at {connection.peer} forwards requests without X-Forwarded-For: all its"
+                " clients share one rate limit and may not choose session ids"
+            )
+        raise invalid_request(FieldProblem(field="session_id", message=SHARED_SESSION_ID))
+
+    # The other routes
 
     async def session(self, request: Request) -> Response:
-        record: telemetry.Record = request.state.record
-        caller = await self._admit(request, record)
+        caller = await self._admit(request)
         session_id: str = request.path_params["session_id"]
-        record.fields["session"] = telemetry.short_hash(session_id)
+        request.state.record.fields["session"] = telemetry.short_hash(session_id)
         self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
@@ -272,8 +273,6 @@ class Service:
         }
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
 
-    # The other routes
-
     async def readyz(self, request: Request) -> Response:
         self.drain.check()
         await self.store.check()
@@ -283,8 +282,18 @@ class Service:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+@dataclass(frozen=True)
+class ASGIEndpoint:
+    """A function as an ASGI application, for a route without Starlette's request and response."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
 def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
-    """Who said what in a session, when, and whether that is all of it."""
+    """Yield the role, text, time and completeness of each message of a session."""
     for turn in session.turns:
         yield "user", turn.message, turn.message_at, True
         yield "assistant", turn.response, turn.response_at, turn.complete
@@ -296,17 +305,13 @@ def _rfc3339(seconds: float) -> str:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Any error, ours or Starlette's, as an answer."""
-    record: telemetry.Record = request.state.record
-    service_error = to_service_error(error)
+    """Return the response for an error, ours or Starlette's."""
+    record: telemetry.RequestRecord = request.state.record
     record.headers["Cache-Control"] = "no-store"
-    if isinstance(error, HTTPException) and error.headers:
-        service_error = ServiceError(
-            "method_not_allowed", f"This route takes {error.headers['Allow']}."
-        )
-        record.headers |= error.headers
-    elif isinstance(error, HTTPException):
-        service_error = ServiceError("not_found", "No such route. Chat is at POST /api/v1/chat.")
+    if isinstance(error, HTTPException):
+        record.headers |= error.headers or {}
+        error = routing_error(error, request.url.path)
+    service_error = to_service_error(error)
     record.outcome = record.outcome or service_error.code
     if service_error.caused_by == "service" and service_error.cause:
         record.fields["cause"] = service_error.cause
@@ -315,43 +320,69 @@ async def on_error(request: Request, error: Exception) -> Response:
         record.headers["Retry-After"] = str(detail.retry_after)
     if service_error.code == "invalid_api_key":
         record.headers["WWW-Authenticate"] = "Bearer"
-    if service_error.code in CLOSING:
+    if service_error.code in CLOSING_ERRORS:
         record.headers["Connection"] = "close"
     body = ErrorBody(error=detail, id=record.request_id)
     return JSONResponse(body.model_dump(), service_error.status)
 
 
+def routing_error(error: HTTPException, path: str) -> ServiceError:
+    """Return Starlette's 404 or 405 as an error of this API."""
+    if error.headers:
+        allowed = error.headers["Allow"]
+        return ServiceError("method_not_allowed", f"This path allows the methods {allowed}.")
+    if path.endswith("/chat/completions"):
+        problem = (
+            "This service has its own API, not OpenAI's: POST /api/v1/chat, see /openapi.json."
+        )
+        return ServiceError("not_found", problem)
+    return ServiceError("not_found", "No such path. Chat is at POST /api/v1/chat.")
+
+
 async def on_client_disconnect(request: Request, error: Exception) -> Response:
-    """The client left while it sent its request: nobody reads this answer."""
-    record: telemetry.Record = request.state.record
-    record.outcome, record.waited = "client_disconnected", time.monotonic() - record.started
+    """Note that the client disconnected while it sent its request. Nobody gets this response."""
+    record: telemetry.RequestRecord = request.state.record
+    record.outcome = "client_disconnected"
+    record.wait_seconds = time.monotonic() - record.started
     return Response(status_code=400)
 
 
 async def sweep_periodically(store: SessionStore) -> None:
-    """Expired sessions go away by themselves, also where nobody asks any more."""
+    """Remove expired sessions, also while there are no requests."""
     while True:
-        # What can't be removed now is removed next time.
+        # What cannot be removed now is removed the next time.
         with suppress(ServiceError):
             await store.sweep()
         await anyio.sleep(SWEEP_SECONDS)
 
 
-def create_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionStore]:
-    """The limiters, and the sessions, where STATE_URL says. Raises SettingsError."""
+def create_state(
+    settings: Settings, log: logging.Logger
+) -> tuple[Mapping[str, RateLimiter], SessionStore]:
+    """Return the rate limiters and the session store that STATE_URL names.
+
+    Raise SettingsError if they cannot be opened.
+    """
     url, ttl, chars = settings.state_url, settings.session_ttl_seconds, settings.history_max_chars
     rates = {"anonymous": settings.rate_limit, "key": settings.rate_limit_api_key}
     limited = {kind: rate for kind, rate in rates.items() if rate}
     if url.startswith("redis"):
-        # Whoever keeps nothing there need not load the client.
+        # Loaded only where it is used: the client takes 8 MB.
         from redis_state import open_redis_state
 
         return open_redis_state(url, limited, ttl=ttl, max_chars=chars)
     path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
-    store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
-    return {
-        kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()
-    }, store
+    store = SQLiteStore(
+        path,
+        ttl=ttl,
+        max_chars=chars,
+        clock=time.time,
+        log=log,
+        max_bytes=settings.state_max_bytes,
+        max_sessions=settings.max_sessions_per_caller,
+    )
+    limiters = {kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()}
+    return limiters, store
 
 
 def static_route(path: str, file: str, media_type: str) -> Route:
@@ -367,19 +398,21 @@ def static_route(path: str, file: str, media_type: str) -> Route:
 
 def create_app(
     settings: Settings, log: logging.Logger, drain: Drain, *more: LLMProvider
-) -> ASGIApp:
-    """The whole application, which ends when `drain` says so; `more` are providers beside those of
-    the settings. Raises SettingsError."""
+) -> telemetry.RequestContext:
+    """Return the application.
+
+    `drain` shuts it down. `more` are providers besides those of the settings. Raise SettingsError.
+    """
     providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = create_state(settings)
+    limiters, store = create_state(settings, log)
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
-    metrics = telemetry.Metrics()
-    metrics.active_streams.set_function(streams.active.total)
+    metrics = telemetry.Metrics(VERSION)
+    metrics.active_streams.set_function(lambda: streams.active)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
     routes = [
-        Route("/api/v1/chat", service.chat, methods=["POST"]),
+        Route("/api/v1/chat", ASGIEndpoint(service.chat), methods=["POST"]),
         Route("/api/v1/models", JSONResponse(models), methods=["GET"]),
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
         Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
@@ -409,7 +442,9 @@ def create_app(
     starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     starlette.router.redirect_slashes = False
     # From the inside out: each wraps the one before, RequestContext all of them.
-    app: ASGIApp = TrustedHostMiddleware(starlette, settings.allowed_hosts, www_redirect=False)
+    app: ASGIApp = starlette
+    if settings.allowed_hosts != ("*",):
+        app = TrustedHostMiddleware(app, settings.allowed_hosts, www_redirect=False)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -422,46 +457,90 @@ def create_app(
 
 
 def configure_logging(level: str) -> logging.Logger:
-    """This service's log, and other libraries' warnings, on stdout: JSON lines, or text where a
-    person watches."""
+    """Return the service's log. It goes to stdout, as text at a terminal, otherwise as JSON lines.
+
+    Warnings of libraries go there too.
+    """
     handler = logging.StreamHandler(sys.stdout)
     readable = sys.stdout.isatty()
     handler.setFormatter(telemetry.TextFormatter() if readable else telemetry.JSONFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # uvicorn warns of every request that is not HTTP, which anybody can send.
+    # uvicorn warns of every malformed request; telemetry logs them.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    # What logging would look up for each line, though none contains it (Logging HOWTO,
+    # "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     log = logging.getLogger("chat_sidecar")
     log.setLevel(level.upper())
     return log
 
 
+def log_start(log: logging.Logger, settings: Settings, url: str) -> None:
+    """Log where the service listens and how it is configured, without secrets."""
+    limit = str(settings.rate_limit or "unlimited")
+    fields = {
+        "version": VERSION,
+        "url": url,
+        "provider": settings.default_provider_name,
+        "model": settings.default_model,
+        "sessions": settings.public_state_url,
+        "anonymous": limit if settings.allow_anonymous else "rejected",
+    }
+    summary = ", ".join(f"{name} {fields[name]}" for name in list(fields)[2:])
+    log.info(f"chat-sidecar {VERSION} on {url}, {summary}", extra={"fields": fields})
+
+
 def main() -> None:
-    """Serve until service_error to stop. Ends with 2 where the settings, or the port, are at fault."""
-    parser = argparse.ArgumentParser(prog="python -m service", description=ABOUT, epilog=SEE)
-    parser.add_argument("--probe", action="store_true", help=PROBE)
-    asked = parser.parse_args()
-    given = {name: value for name, value in os.environ.items() if value.strip()}
+    """Run the service until it is stopped. End with status 2 if it cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="A chat backend: POST /api/v1/chat, answered as server-sent events.",
+        epilog="Configured by environment variables or .env; .env.example explains each.",
+    )
+    parser.add_argument("--version", action="version", version=f"chat-sidecar {VERSION}")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="exit with status 0 if the service with these settings is running and ready",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="show the effective settings, and test the providers, their models and STATE_URL",
+    )
+    arguments = parser.parse_args()
+    environment = {name: value for name, value in os.environ.items() if value.strip()}
     drain = Drain()
     try:
         file = read_env_file(Path(".env"))
-        settings = from_env({**file, **given})
-        if asked.probe:
+        settings = from_env({**file, **environment})
+        if arguments.probe:
             sys.exit(probe(settings))
+        if arguments.check:
+            # Loaded only here.
+            from check import check
+
+            run = partial(check, settings, startup_warnings(settings, file), create_state)
+            sys.exit(anyio.run(run, sys.stdout.write))
         log = configure_logging(settings.log_level)
         listeners = listen(settings)
         app = create_app(settings, log, drain)
     except SettingsError as error:
-        sys.stderr.write(f"chat-sidecar can't start: {error}\n")
+        sys.stderr.write(f"Invalid configuration: {error}\n")
         sys.exit(2)
-    # What the start made stays; a thousand open streams are a million objects more. By Python's own
-    # thresholds (700, 10, 10) to look through them took a tenth of the time, 0.4 s of it at once.
+    # The objects made so far stay. With Python's own thresholds (700, 10, 10), the collector took a
+    # tenth of the time with 1,000 open streams, and 0.4 s at once.
     gc.freeze()
     gc.set_threshold(10_000, 5, 20)
-    for warning in unknown_variable_warnings(file, settings):
+    warnings = [*startup_warnings(settings, file), raise_descriptor_limit(settings)]
+    for warning in filter(None, warnings):
         log.warning(warning)
-    if settings.default_provider_name == "mock":
-        log.warning("NO MODEL ANSWERS: set OPENAI_API_KEY in .env. Until then a mock does.")
-    Server(app, settings, log, drain).run(listeners)
+    on_started = partial(log_start, log, settings)
+    server = Server(
+        app, settings, log, drain, on_started=on_started, on_malformed=app.report_malformed
+    )
+    server.run(listeners)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""EventStream: relays a provider's stream to a client as server-sent events."""
+"""Server-sent events: `EventStream` relays one completion to one client.
+
+The status line is sent late, so that an early failure gets a status of its own. Heartbeats keep the
+connection alive, deadlines limit provider and client, a client that disconnects is noticed, and
+exactly one terminal event is sent. Nothing here knows callers, limits or sessions.
+"""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from typing import Any, Literal
 
 import anyio
@@ -11,243 +18,388 @@ from starlette.types import Receive, Scope, Send
 
 from chat import DoneEvent, ErrorEvent
 from errors import ServiceError, to_service_error
-from providers import ChunkStream, Completion
-from server import ABORT
+from openai_stream import Chunks
+from providers import Completion, Sink
+from server import CONNECTION, ClientConnection
 from settings import Settings
+from telemetry import StreamReport
 
 NOT_STORED = "The response is complete, but it could not be saved to the session."
-# Ten times the longest response of today's models.
-MAX_RESPONSE_BYTES = 2**22
-# X-Accel-Buffering: nginx passes each event on at once.
+# Ten times the longest response of today's models, as text and with the framing of its events.
+MAX_TEXT_BYTES = 2**22
+MAX_SENT_BYTES = 2**24
+# nginx passes each event on at once if X-Accel-Buffering is `no`.
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
-# Closing the provider's connection and storing the turn are local operations.
-FINISH_SECONDS_LIMIT = 5.0
+HEARTBEAT = b": keep-alive\n\n"
+# Storing a turn takes milliseconds.
+FINISH_SECONDS = 5.0
 
-# A client that closed its connection, and one that keeps it open but takes nothing.
 Disconnect = Literal["client_disconnected", "client_stalled"]
+# How a stream ends: completed, failed, or without its client.
 End = Completion | ServiceError | Disconnect
+# A time on the event loop's clock, and what to do then.
+Deadline = tuple[float, Callable[[], None]]
 
 
-@dataclass
-class EventStream:
-    """Relays `source` to the client as an event stream.
+class State(Enum):
+    """How far the HTTP response is. An error can have a status of its own only while WAITING."""
 
-    The request's own task reads and writes, a second one listens for the client's leaving, a timer
-    looks at the clocks and sends heartbeats. Nothing is opened, locked or scheduled for a chunk.
-    However it ends, `on_finish` is awaited once, after the provider's connection is closed and before
-    the terminal event goes out.
+    WAITING = "nothing is sent"
+    OPENING = "the status line is being sent; events are held until it is out"
+    OPEN = "events are written to the connection"
 
-    A failure before the status is committed is raised, for the application to answer with a status
-    of its own; a later one becomes the terminal event. Afterwards the other fields say how it went,
-    times in seconds on the event loop's clock.
+
+class ClientStream(ABC):
+    """An ASGI response that sends events to one client.
+
+    Events are written to the client's connection at once, also from within a callback of the event
+    loop: no task wakes for them. A single timer checks all deadlines.
     """
 
-    source: ChunkStream
-    # Told the text that was sent and how it ended, before the client is; raises what to tell
-    # instead.
-    on_finish: Callable[[str, End], Awaitable[None]]
-    request_id: str
-    session_id: str
-    settings: Settings
-    end: End | None = None
-    # What was sent, or was being sent when it ended; nobody's log is to show it.
-    chunks: list[str] = field(default_factory=list, repr=False)
-    first_chunk_at: float | None = None
-    # How long the provider was waited for, how long the client, and at most between two chunks.
-    waited: float = 0.0
-    blocked: float = 0.0
-    max_chunk_gap: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._size = 0
-        self._departed: Disconnect | None = None
-        self._committed = self._headed = self._begun = False
-        self._relaying = anyio.CancelScope()
-        # The latest heartbeat: a chunk must not overtake the status line that it may have to send.
-        self._heartbeat: asyncio.Task[None] | None = None
-        self._writing_since: float | None = None
-
-    @property
-    def outcome(self) -> str:
-        """`done` or the error's code, unless the client disconnected, whatever was left to tell it."""
-        code = self.end.code if isinstance(self.end, ServiceError) else "done"
-        return self._departed or code
-
-    def abort(self, end: ServiceError | Disconnect) -> None:
-        """Stop relaying now and end like this. The first ending counts; of a disconnect that comes
-        after it, only that nobody is there any more."""
-        if isinstance(end, str):
-            self._departed = self._departed or end
-        if self.end is None:
-            self.end = end
-            self._relaying.cancel()
+    def __init__(self, session_id: str, settings: Settings) -> None:
+        self._headers = [*STREAM_HEADERS, (b"x-session-id", session_id.encode())]
+        self._settings = settings
+        self._state = State.WAITING
+        self._end: End | None = None
+        self._disconnect: Disconnect | None = None
+        self._held: list[bytes] = []
+        self._opening: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        # Since when the client does not read, and for how long it did not before.
+        self._paused_since: float | None = None
+        self._paused_seconds = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the stream. Raise its error if nothing was sent yet."""
         self._send = send
+        self._connection: ClientConnection = scope["extensions"][CONNECTION]
+        self._connection.on_disconnect = partial(self.abort, "client_disconnected")
+        self._connection.on_resume = self._on_resume
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
-        self._started = self._waiting_since = self._sent_at = self._now()
-        # Two bare tasks and a timer: a task group costs 75 us, as much as a chunk.
-        listening = self._loop.create_task(self._listen(receive))
-        self._timer: asyncio.Handle = self._loop.call_soon(self._watch)
-        try:
-            with self._relaying:
-                await self._relay()
-        finally:
-            await self._conclude()
-            self._timer.cancel()
-            listening.cancel()
-            if self._heartbeat is not None:
-                self._heartbeat.cancel()
-        if isinstance(self.end, ServiceError) and not self._committed:
-            raise self.end
-        if self._departed == "client_stalled":
-            # A polite close would wait for the client to read what is buffered.
-            scope["extensions"][ABORT]()
-            await receive()
-
-    # The relay
-
-    async def _relay(self) -> None:
-        # An event is one `data:` line: JSON has no line ends of its own.
-        head, tail = b'data: {"chunk":', b',"id":' + to_json(self.request_id) + b"}\n\n"
-        try:
-            async for batch in self.source:
-                now = self._now()
-                gap = now - self._waiting_since
-                self.waited += gap
-                if isinstance(batch, Completion):
-                    self.end = self.end or batch
-                    return
-                if self._begun:
-                    self.max_chunk_gap = max(self.max_chunk_gap, gap)
-                self._begun = True
-                if batch:
-                    if self.first_chunk_at is None:
-                        self.first_chunk_at = now
-                    events = b"".join([head + to_json(chunk) + tail for chunk in batch])
-                    self._size += len(events) - len(batch) * (len(head) + len(tail))
-                    if self._size > MAX_RESPONSE_BYTES:
-                        raise ServiceError(
-                            "upstream_error", "The model's answer is longer than 4 MiB."
-                        )
-                    self.chunks += batch
-                    await self._write(events)
-                self._waiting_since = self._now()
-        except Exception as error:
-            self.end = self.end or to_service_error(error)
-
-    async def _write(self, body: bytes, *, last: bool = False) -> None:
-        if self._heartbeat is not None and not self._heartbeat.done():
-            await asyncio.wait((self._heartbeat,))
-        if self._departed is None:
-            await self._transmit(body, last=last)
-
-    async def _transmit(self, body: bytes, *, last: bool = False) -> None:
-        before = self._writing_since = self._now()
-        try:
-            if not self._headed:
-                self._committed = True
-                headers = [*STREAM_HEADERS, (b"x-session-id", self.session_id.encode())]
-                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-                # Not before: an early end may have come while nothing was taken.
-                self._headed = True
-            await self._send({"type": "http.response.body", "body": body, "more_body": not last})
-        except OSError:
-            # ASGI's way, from its version 2.4 on, to say that nobody is there.
+        self._started_at = self._sent_at = self._now()
+        self._timer: asyncio.Handle = self._loop.call_soon(self._check_deadlines)
+        if self._connection.disconnected:
             self.abort("client_disconnected")
-        self._writing_since = None
-        self._sent_at = self._now()
-        self.blocked += self._sent_at - before
+        # A cancel scope would do, but takes ten times as long.
+        self._task = asyncio.current_task()
+        try:
+            if self._end is None:
+                await self._relay()
+        except asyncio.CancelledError:
+            # `abort` has cancelled this task. Any other cancellation goes on.
+            if self._task is None or self._end is None or self._task.uncancel() > 0:
+                raise
+        finally:
+            self._timer.cancel()
+            self._end = await self._finish(self._end)
+            if self._disconnect is None:
+                await self._send_end(self._end)
+            self._connection.on_disconnect = self._connection.on_resume = _ignore
+        if isinstance(self._end, ServiceError) and self._state is State.WAITING:
+            raise self._end
+        if self._disconnect == "client_stalled":
+            self._connection.abort()
 
-    # The watchdog
+    def abort(self, end: ServiceError | Disconnect) -> None:
+        """End the stream now. Only the first end counts, but a disconnect is always noted."""
+        if isinstance(end, str):
+            self._disconnect = self._disconnect or end
+        if self._end is None:
+            self._end = end
+            if self._task is not None:
+                self._task.cancel()
 
-    async def _listen(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.abort("client_disconnected")
+    @abstractmethod
+    async def _relay(self) -> None:
+        """Write events until the stream ends, and set `_end`. Cancelled by `abort`."""
 
-    def _watch(self) -> None:
-        """Do what is due, if anything is, and look again, at once or when more may be: until the
-        end, from which on `_conclude` keeps its own deadlines."""
-        if self.end is not None:
+    @abstractmethod
+    async def _finish(self, end: End | None) -> End:
+        """Do what has to be done before the client is sent the end; return that end."""
+
+    @abstractmethod
+    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
+        """Return the last event."""
+
+    @abstractmethod
+    def _resume(self) -> None:
+        """Continue: the client reads again."""
+
+    def _deadlines(self) -> list[Deadline]:
+        """Return the deadlines that apply besides heartbeats and the write timeout."""
+        return []
+
+    # Writing
+
+    def _write(self, events: bytes) -> None:
+        """Send events, or hold them until the status line is sent."""
+        if self._state is State.OPEN:
+            self._connection.write(events)
             return
-        due, end = self._next()
-        now = self._now()
-        if now >= due:
-            if end is None:
-                self._sent_at = now
-                self._heartbeat = self._loop.create_task(self._transmit(b": keep-alive\n\n"))
-            else:
-                self.abort(end)
-        limits = self.settings
-        # What begins while nobody looks must not be seen later than it is due.
-        nap = min(
+        self._held.append(events)
+        if self._state is State.WAITING:
+            self._state = State.OPENING
+            self._opening = self._loop.create_task(self._open())
+
+    async def _open(self) -> None:
+        """Send the status line through ASGI, so that middleware sees it, then what was held."""
+        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+        await self._send(start)
+        self._state = State.OPEN
+        if self._held:
+            self._connection.write(b"".join(self._held))
+
+    def _pause(self, now: float) -> None:
+        """Note that the client does not read."""
+        self._paused_since = self._paused_since or now
+
+    def _on_resume(self) -> None:
+        if self._paused_since is not None:
+            self._end_pause(self._now())
+            self._resume()
+
+    def _end_pause(self, now: float) -> None:
+        if self._paused_since is not None:
+            self._paused_seconds += now - self._paused_since
+            self._paused_since = None
+            self._sent_at = now
+
+    # Deadlines
+
+    def _check_deadlines(self) -> None:
+        """Act on the deadline that has passed, if any, and check again when the next may."""
+        if self._end is not None:
+            return
+        now, limits = self._now(), self._settings
+        deadlines = self._deadlines()
+        if self._paused_since is not None:
+            stalled = partial(self.abort, "client_stalled")
+            deadlines.append((self._paused_since + limits.write_timeout_seconds, stalled))
+        else:
+            deadlines.append((self._sent_at + limits.heartbeat_seconds, self._send_heartbeat))
+        deadline, act = min(deadlines, key=lambda pair: pair[0])
+        if now >= deadline:
+            act()
+        # A wait that begins meanwhile has its deadline within the shortest of the limits.
+        interval = min(
             limits.idle_timeout_seconds, limits.write_timeout_seconds, limits.heartbeat_seconds
         )
-        self._timer = self._loop.call_at(min(due, now + nap), self._watch)
+        self._timer = self._loop.call_at(min(deadline, now + interval), self._check_deadlines)
 
-    def _next(self) -> tuple[float, ServiceError | Disconnect | None]:
-        """When something is due, and what: an early end, or a heartbeat (None). The time in which
-        the client did not take what we sent is not the provider's; the client may make an answer
-        last twice as long by it, no longer."""
-        limits, blocked = self.settings, self.blocked
-        due: list[tuple[float, ServiceError | Disconnect | None]] = []
-        if self._writing_since is not None:
-            blocked += self._now() - self._writing_since
-            due.append((self._writing_since + limits.write_timeout_seconds, "client_stalled"))
-        else:
-            due.append((self._sent_at + limits.heartbeat_seconds, None))
-            if self._begun:
-                quiet = ServiceError(
-                    "upstream_timeout", "The model stopped in the middle of its answer."
-                )
-                due.append((self._waiting_since + limits.idle_timeout_seconds, quiet))
-        total = limits.total_timeout_seconds
-        late = ServiceError("upstream_timeout", "The model took too long for its answer.")
-        end = self._started + total + min(blocked, total)
-        due.append((end, "client_stalled" if blocked >= total else late))
-        return min(due, key=lambda pair: pair[0])
+    def _send_heartbeat(self) -> None:
+        self._sent_at = self._now()
+        if self._state is not State.OPENING:
+            self._write(HEARTBEAT)
+        if self._connection.paused:
+            self._pause(self._sent_at)
 
-    # The ending
+    # The end
 
-    async def _conclude(self) -> None:
-        """Close the provider's connection, on_finish, tell the client; shielded, for a client's
-        leaving or a cancelled request must not lose what was said."""
-        self.end = self.end or ServiceError("internal_error", "The service was stopped.")
-        if self._writing_since is not None:
-            self.blocked += self._now() - self._writing_since
-        elif not isinstance(self.end, Completion):
-            self.waited += self._now() - self._waiting_since
-        try:
-            with anyio.move_on_after(FINISH_SECONDS_LIMIT, shield=True):
-                await self.source.aclose()
-        except Exception as error:
-            self.end = to_service_error(error)
-        try:
-            with anyio.fail_after(FINISH_SECONDS_LIMIT, shield=True):
-                await self.on_finish("".join(self.chunks), self.end)
-        except TimeoutError:
-            self.end = ServiceError("state_unavailable", NOT_STORED)
-        except Exception as error:
-            self.end = to_service_error(error)
-        if self._departed is None:
-            await self._tell()
-
-    async def _tell(self) -> None:
-        ids: dict[str, Any] = {"id": self.request_id, "session_id": self.session_id}
-        if isinstance(self.end, Completion):
-            event: DoneEvent | ErrorEvent = DoneEvent(**ids, **vars(self.end))
-        elif isinstance(self.end, ServiceError) and self._committed:
-            event = ErrorEvent(**ids, error=self.end.detail())
-        else:
-            # It is raised, and gets a status of its own.
+    async def _send_end(self, end: End) -> None:
+        """Send the terminal event, unless the error gets an HTTP status of its own."""
+        failed_early = isinstance(end, ServiceError) and self._state is State.WAITING
+        if failed_early or isinstance(end, str):
             return
-        with anyio.move_on_after(self.settings.write_timeout_seconds, shield=True) as writing:
-            await self._write(b"data: " + to_json(event) + b"\n\n", last=True)
+        body = self._terminal_event(end)
+        # While the client reads, sending does not suspend and needs no deadline.
+        if not self._connection.paused:
+            await self._ensure_open()
+        if not self._connection.paused:
+            await self._send_last(body)
+            return
+        deadline = self._now() + self._settings.write_timeout_seconds
+        with anyio.CancelScope(shield=True, deadline=deadline) as writing:
+            await self._ensure_open()
+            await self._send_last(body)
         if writing.cancelled_caught:
             self.abort("client_stalled")
+
+    async def _ensure_open(self) -> None:
+        if self._state is State.WAITING:
+            await self._open()
+        elif self._opening is not None:
+            await self._opening
+
+    async def _send_last(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class EventStream(ClientStream, Sink):
+    """The stream of one completion to one client; the sink that its provider writes to.
+
+    A provider writes its chunks from within the event loop's read callback. They are encoded and
+    written to the client's connection there.
+
+    `on_finish` is awaited once, with the text that was sent and how the stream ended, before the
+    terminal event is sent. It may raise an error to be sent instead.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sink], Awaitable[Completion]],
+        on_finish: Callable[[str, End], Awaitable[None]],
+        request_id: str,
+        session_id: str,
+        settings: Settings,
+    ) -> None:
+        super().__init__(session_id, settings)
+        self.report = StreamReport()
+        self.started = False
+        self.on_start: Callable[[], None] = _ignore
+        self._run = run
+        self._on_finish = on_finish
+        # Any, because the events have fields of several types.
+        self._ids: dict[str, Any] = {"id": request_id, "session_id": session_id}
+        self._before_chunk = b'data: {"chunk":'
+        self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
+        self._chunks: list[str] = []
+        self._sent_bytes = self._text_bytes = 0
+        # Since when the provider has been silent.
+        self._waiting_since = 0.0
+        self._resume_provider: Callable[[], None] | None = None
+        self._finish_provider: Callable[[], bool] | None = None
+
+    # The sink
+
+    def attach(self, resume: Callable[[], None], finish: Callable[[], bool]) -> None:
+        self._resume_provider, self._finish_provider = resume, finish
+
+    def write(self, chunks: Chunks) -> bool:
+        now, report = self._now(), self.report
+        gap = now - self._waiting_since
+        report.wait_seconds += gap
+        if self.started:
+            report.max_chunk_gap = max(report.max_chunk_gap, gap)
+        else:
+            self.started = True
+            self.on_start()
+        self._waiting_since = now
+        if chunks:
+            if report.first_chunk_at is None:
+                report.first_chunk_at = now
+            self._write_chunks(chunks)
+            self._sent_at = now
+        if self._connection.paused:
+            self._pause(now)
+            return False
+        return True
+
+    def _write_chunks(self, chunks: Chunks) -> None:
+        # An event is one line, since JSON escapes line ends.
+        before, after = self._before_chunk, self._after_chunk
+        events = b"".join([before + to_json(chunk) + after for chunk in chunks])
+        if not events.isascii():
+            events = escape_line_separators(events)
+        self._sent_bytes += len(events)
+        self._text_bytes += len(events) - len(chunks) * (len(before) + len(after))
+        if self._sent_bytes > MAX_SENT_BYTES or self._text_bytes > MAX_TEXT_BYTES:
+            raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
+        self._chunks += chunks
+        self.report.chunks += len(chunks)
+        self._write(events)
+
+    def _resume(self) -> None:
+        if self._resume_provider is not None:
+            self._resume_provider()
+
+    def _end_pause(self, now: float) -> None:
+        if self._paused_since is not None:
+            self.report.wait_seconds += now - self._paused_since
+            self._waiting_since = now
+        super()._end_pause(now)
+
+    # The provider
+
+    async def _relay(self) -> None:
+        self._waiting_since = self._started_at
+        try:
+            completion = await self._run(self)
+        except Exception as error:
+            self._end = self._end or to_service_error(error)
+        else:
+            self._end = self._end or completion
+
+    def _deadlines(self) -> list[Deadline]:
+        """Return the deadlines of the provider.
+
+        Time in which the client does not read does not count against it. It may extend a stream to
+        twice TOTAL_TIMEOUT_SECONDS.
+        """
+        limits, paused_seconds = self._settings, self._paused_seconds
+        deadlines: list[Deadline] = []
+        if self._paused_since is not None:
+            paused_seconds += self._now() - self._paused_since
+        elif self.started:
+            deadlines.append((self._waiting_since + limits.idle_timeout_seconds, self._on_idle))
+        total = limits.total_timeout_seconds
+        deadline = self._started_at + total + min(paused_seconds, total)
+        problem = f"The response was not complete within {total:g} s. Retry."
+        late = ServiceError("upstream_timeout", problem)
+        reason: ServiceError | Disconnect = "client_stalled" if paused_seconds >= total else late
+        return [*deadlines, (deadline, partial(self.abort, reason))]
+
+    def _on_idle(self) -> None:
+        """Abort, unless the provider has already sent what may count as the end."""
+        self._waiting_since = self._now()
+        if self._finish_provider is not None and self._finish_provider():
+            return
+        idle = self._settings.idle_timeout_seconds
+        problem = f"The provider sent nothing for {idle:g} s in the middle of its response. Retry."
+        self.abort(ServiceError("upstream_timeout", problem))
+
+    # The end
+
+    async def _finish(self, end: End | None) -> End:
+        """Store the turn.
+
+        Shielded: a disconnect or a cancelled request must not lose the text so far.
+        """
+        if end is None:
+            end = ServiceError("internal_error", "The request was cancelled.")
+        now = self._now()
+        if self._paused_since is None:
+            self.report.wait_seconds += now - self._waiting_since
+        self._end_pause(now)
+        try:
+            with anyio.CancelScope(shield=True, deadline=now + FINISH_SECONDS) as storing:
+                await self._on_finish("".join(self._chunks), end)
+        except Exception as error:
+            end = to_service_error(error)
+        if storing.cancelled_caught:
+            end = ServiceError("state_unavailable", NOT_STORED)
+        return end
+
+    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
+        if isinstance(end, Completion):
+            event: DoneEvent | ErrorEvent = DoneEvent(**self._ids, **vars(end))
+        else:
+            event = ErrorEvent(**self._ids, error=end.detail())
+        return escape_line_separators(b"data: " + to_json(event) + b"\n\n")
+
+    def fill_report(self) -> StreamReport:
+        """Return the report, after the stream has ended."""
+        report, end = self.report, self._end
+        if isinstance(end, Completion):
+            report.model, report.finish_reason = end.model, end.finish_reason
+            report.usage = end.usage
+        report.error = end if isinstance(end, ServiceError) else None
+        report.outcome = self._disconnect or (report.error.code if report.error else "done")
+        return report
+
+
+def escape_line_separators(events: bytes) -> bytes:
+    """Escape U+0085, U+2028 and U+2029, where the line readers of common clients would split."""
+    return (
+        events.replace(b"\xc2\x85", b"\\u0085")
+        .replace(b"\xe2\x80\xa8", b"\\u2028")
+        .replace(b"\xe2\x80\xa9", b"\\u2029")
+    )
+
+
+def _ignore() -> None:
+    pass

@@ -1,96 +1,201 @@
-"""What an operator sees: the request id on every answer, one log line and the metrics of a request.
+"""The request id, one log line per request, and the metrics.
 
-`RequestContext` wraps the whole application, Starlette's own error pages included, so nothing is
-answered without an id or ends without a line. Neither log nor metrics ever hold a message's text, a
-key or a whole session id; addresses are shortened.
+`RequestContext` wraps the whole application, Starlette's own error responses included: every
+response has an id, and every request ends with a log line. Neither log nor metrics contain the text
+of a message, a key or a whole session id. IP addresses are shortened.
 """
 
+import asyncio
 import hashlib
 import ipaddress
 import json
 import logging
+import platform
 import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.metrics import MetricWrapperBase
+from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from errors import ServiceError
+
 REQUEST_ID = re.compile("[A-Za-z0-9._:+/=-]{1,128}")
-# W3C Trace Context, 3.2: version, trace id, parent id, flags.
+# W3C Trace Context, section 3.2: version, trace id, parent id, flags.
 TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 PROBES = ("/healthz", "/readyz", "/metrics")
-# In JSON a field that is null, and the quotes around a word; those of a text are escaped, or have
-# something else beside them.
-UNNEEDED = re.compile(r' "\w+"=null|(?<!\\)"([A-Za-z0-9._:/+@-]+)"')
-# Nobody's wish and not the caller's fault: whoever hides the line of each request sees these.
+# Failures that are not the caller's are warnings: they show even where LOG_LEVEL hides requests.
 FAILURES = re.compile("upstream_.+|overloaded|state_unavailable")
-# From a classify_error to a long answer.
+# Histogram buckets, from a rejected request to a long response.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 30, 60, 120, 600)
+# Larger than any model's context window. Higher token counts from a provider are ignored.
+MAX_TOKENS = 2**31
+# Callers choose some of the labels, so the cache of their metrics is bounded.
+MAX_CACHED_LABELS = 1024
 
 
 @dataclass
-class Record:
-    """What is known of one request; the handler finds it in the request's state and adds to it."""
+class RequestRecord:
+    """What is known of one request. It is in the request's state as `record`."""
 
     request_id: str
     traceparent: str | None
     started: float
-    # Headers for the answer, whichever it becomes.
-    headers: MutableHeaders = field(default_factory=MutableHeaders)
+    # Headers to add to the response.
+    headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
-    # `done`, `client_disconnected`, `client_stalled`, or the error's code.
+    # `done`, `client_disconnected`, `client_stalled`, or an error code.
     outcome: str | None = None
-    # A exception of ours, to be logged with its trace.
+    # The exception behind an internal_error, logged with its traceback.
     exception: BaseException | None = None
-    # Seconds in which the provider or the client was waited for; the rest is ours.
-    waited: float = 0.0
-    # More fields of the log line, in the order in which they became known.
+    # Seconds of waiting for the provider or the client. The rest is overhead of this service.
+    wait_seconds: float = 0.0
+    # Further fields of the log line.
     fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Attempt:
+    """One request to a provider and its result, as the log shows it.
+
+    `provider_request_id` is the provider's own; `error` is our error code.
+    """
+
+    model: str
+    status: int | None = None
+    provider_request_id: str | None = None
+    error: str | None = None
+    cause: str | None = None
+
+
+@dataclass
+class StreamReport:
+    """What one stream reports to log and metrics. The stream fills it in.
+
+    Times are in seconds; `first_chunk_at` is on the event loop's clock.
+    """
+
+    chunks: int = 0
+    first_chunk_at: float | None = None
+    max_chunk_gap: float = 0.0
+    wait_seconds: float = 0.0
+    outcome: str = "internal_error"
+    error: ServiceError | None = None
+    # Of a completion that ended; the provider's own values.
+    model: str | None = None
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
 
 
 class Metrics:
     """The service's counters and histograms, in a registry of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
-        self.requests = counter("chat_requests", "Requests ended", ("route", "status", "outcome"))
+        self.requests = counter(
+            "chat_requests", "Finished requests", ("route", "status", "outcome")
+        )
         self.duration = histogram(
-            "chat_request_duration_seconds", "A request, to its end", ("route",)
+            "chat_request_duration_seconds", "Time from a request to its end", ("route",)
         )
         self.overhead = histogram(
-            "chat_overhead_seconds", "What of a request was this service", ("route",)
+            "chat_overhead_seconds", "Time spent in this service itself", ("route",)
         )
-        self.ttft = histogram("chat_time_to_first_token_seconds", "A request, to its first chunk")
+        self.ttft = histogram(
+            "chat_time_to_first_token_seconds", "Time from a request to its first chunk"
+        )
         self.max_chunk_gap = histogram(
-            "chat_max_chunk_gap_seconds", "The longest wait between two chunks"
+            "chat_max_chunk_gap_seconds", "The longest gap between two chunks of a stream"
         )
-        self.retries = counter("chat_upstream_retries", "Retries, failovers", ("kind", "error"))
-        self.rate_limited = counter("chat_rate_limited", "Callers out of tokens", ("caller",))
-        answered = ("provider", "model")
-        self.chunks = counter("chat_chunks", "ChunkStream of text sent", answered)
-        self.tokens = counter("chat_tokens", "Tokens, as providers count", (*answered, "kind"))
-        self.active_streams = Gauge("chat_active_streams", "Answers open", registry=self.registry)
+        self.retries = counter(
+            "chat_upstream_retries",
+            "Retries and failovers, by the provider and the error that caused them",
+            ("kind", "provider", "error"),
+        )
+        self.rate_limited = counter("chat_rate_limited", "Rate-limited requests", ("caller",))
+        model = ("provider", "model")
+        self.chunks = counter("chat_chunks", "Chunks sent to clients", model)
+        self.tokens = counter("chat_tokens", "Tokens as counted by providers", (*model, "kind"))
+        self.active_streams = Gauge(
+            "chat_active_streams", "Streams in flight", registry=self.registry
+        )
+        build = Info("chat_build", "Version of this service and of Python", registry=self.registry)
+        build.info({"version": version, "python": platform.python_version()})
         ProcessCollector(registry=self.registry)
+        self.child: Callable[..., Any] = lru_cache(maxsize=MAX_CACHED_LABELS)(_child)
+
+    def finish_stream(
+        self,
+        record: RequestRecord,
+        report: StreamReport,
+        attempts: list[Attempt],
+        known_models: Container[str],
+    ) -> None:
+        """Add a stream that has ended to its request's record and to the metrics."""
+        record.outcome = report.outcome
+        record.wait_seconds += report.wait_seconds
+        error = report.error
+        # A client that disconnects early leaves no attempt.
+        last = attempts[-1] if attempts else Attempt("none/none")
+        if error is not None and error.code == "internal_error":
+            record.exception = error.__cause__ or error
+        if error is not None and error.caused_by != "service":
+            last.error, last.cause = error.code, error.cause
+        elif error is not None and error.cause:
+            record.fields["cause"] = error.cause
+        for failed, following in pairwise(attempts):
+            kind = "retry" if failed.model == following.model else "failover"
+            self.retries.labels(kind, failed.model.partition("/")[0], failed.error).inc()
+        provider, _, model = last.model.partition("/")
+        # A glob in MODELS lets callers invent names, which must not become labels.
+        model = model if last.model in known_models else "other"
+        record.fields |= {"provider": provider, "attempts": [vars(each) for each in attempts]}
+        record.fields |= {"chunks": report.chunks, "max_chunk_gap_ms": _ms(report.max_chunk_gap)}
+        self.child(self.chunks, provider, model).inc(report.chunks)
+        if report.first_chunk_at is not None:
+            ttft = max(0.0, report.first_chunk_at - record.started)
+            record.fields["ttft_ms"] = _ms(ttft)
+            self.ttft.observe(ttft)
+            self.max_chunk_gap.observe(report.max_chunk_gap)
+        if report.outcome == "done":
+            record.fields["model"] = safe_name(report.model)
+            record.fields["finish_reason"] = safe_name(report.finish_reason)
+        for kind in ("prompt_tokens", "completion_tokens"):
+            count = (report.usage or {}).get(kind)
+            if isinstance(count, int) and 0 <= count < MAX_TOKENS:
+                record.fields[kind] = count
+                self.child(self.tokens, provider, model, kind).inc(count)
+
+
+def _child(metric: MetricWrapperBase, *labels: str) -> MetricWrapperBase:
+    return metric.labels(*labels)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
 
 
 @dataclass(frozen=True)
 class RequestContext:
-    """ASGI middleware, the outermost: gives each request its id and its record, and reports it."""
+    """ASGI middleware, the outermost: gives each request its id and its record, then reports it."""
 
     app: ASGIApp
     log: logging.Logger
     metrics: Metrics
-    # The event loop's clock, so that a stream's times and these can be compared.
+    # The event loop's clock, so that times of streams can be compared with these.
     clock: Callable[[], float] = time.monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,59 +206,73 @@ class RequestContext:
         given, trace = headers.get("x-request-id", ""), headers.get("traceparent", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         traceparent = trace if TRACEPARENT.fullmatch(trace) else None
-        record = Record(request_id, traceparent, self.clock())
-        # No browser may take an answer for something else than it says it is.
+        record = RequestRecord(request_id, traceparent, self.clock())
+        # Browsers must not guess another content type than the one that is sent.
         record.headers |= {"X-Request-ID": request_id, "X-Content-Type-Options": "nosniff"}
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message["headers"], *record.headers.raw]
+                added = [
+                    (name.lower().encode(), value.encode())
+                    for name, value in record.headers.items()
+                ]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
-            # Starlette has answered 500 before it passed the error on.
+            # Starlette has sent its 500 before it passes the exception on.
             record.exception = error
         finally:
-            self._report(scope, record)
+            # uvloop flushes at the end of a turn of the loop. Reporting now would delay the end of
+            # the response by about 0.2 ms.
+            seconds = self.clock() - record.started
+            asyncio.get_running_loop().call_soon(self._report, scope, record, seconds)
 
-    def _report(self, scope: Scope, record: Record) -> None:
-        seconds = self.clock() - record.started
-        # Only paths of routes become labels: anybody can ask for any other.
+    def report_malformed(self, reason: str) -> None:
+        """Report a request that the server rejected before the application saw it."""
+        self.metrics.requests.labels("unmatched", 400, "malformed_request").inc()
+        fields = {"route": "unmatched", "status": 400, "outcome": "malformed_request"}
+        self.log.info("malformed request: %s", reason, extra={"fields": fields})
+
+    def _report(self, scope: Scope, record: RequestRecord, seconds: float) -> None:
+        # Only the paths of routes become labels, since clients can request any other path.
         route = getattr(scope.get("route"), "path", "unmatched")
-        # What middleware refused has no code: a foreign Host, a preflight from elsewhere.
-        outcome = record.outcome or ("done" if (record.status or 500) < 400 else "refused")
+        # Middleware responses have no error code: a rejected Host, a rejected CORS preflight.
+        outcome = record.outcome or ("done" if (record.status or 500) < 400 else "rejected")
         if record.exception:
             outcome = "internal_error"
-        self.metrics.requests.labels(route, record.status or "none", outcome).inc()
-        self.metrics.duration.labels(route).observe(seconds)
-        own = max(0.0, seconds - record.waited)
-        self.metrics.overhead.labels(route).observe(own)
+        overhead = max(0.0, seconds - record.wait_seconds)
+        metrics = self.metrics
+        metrics.child(metrics.requests, route, record.status or "none", outcome).inc()
+        metrics.child(metrics.duration, route).observe(seconds)
+        metrics.child(metrics.overhead, route).observe(overhead)
         fields = {
             "method": scope["method"],
             "route": route,
             "status": record.status,
             "outcome": outcome,
-            "duration_ms": round(seconds * 1000, 1),
-            "overhead_ms": round(own * 1000, 1),
+            "duration_ms": _ms(seconds),
+            "overhead_ms": _ms(overhead),
             "caller": short_address(scope["client"][0] if scope["client"] else ""),
             **record.fields,
             "request_id": record.request_id,
         }
         if record.traceparent:
             fields["trace_id"] = record.traceparent[3:35]
-        # Probes and scrapes come every second and say nothing while they succeed.
+        # Successful probes and scrapes come every second.
         quiet = logging.DEBUG if outcome == "done" and route in PROBES else logging.INFO
         level = logging.WARNING if FAILURES.fullmatch(outcome) else quiet
         level = logging.ERROR if record.exception else level
         self.log.log(level, "request", extra={"fields": fields}, exc_info=record.exception)
 
 
+@lru_cache(maxsize=1024)
 def short_address(host: str) -> str:
-    """An address as the log may hold it: its /24 or /48."""
+    """Return the /24 or /48 network of an address, which is what the log may contain."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -164,56 +283,79 @@ def short_address(host: str) -> str:
 
 
 def short_hash(value: str) -> str:
-    """Enough to follow a conversation in the log, nothing to enter it with."""
+    """Return 48 bits of a hash: enough to follow a session in the log, not enough to use it."""
     return hashlib.sha256(value.encode()).hexdigest()[:12]
 
 
 def safe_name(value: str | None) -> str | None:
-    """A stranger's name for something, as the log may hold it: what looks like a text is none."""
+    """Return an untrusted name if it is safe to log: short, visible ASCII. Otherwise None."""
     return value if re.fullmatch("[!-~]{1,128}", value or "") else None
 
 
 def log_fields(record: logging.LogRecord) -> dict[str, Any]:
-    """All that a log record tells, by name."""
+    """Return everything a log record contains, by field name."""
     moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
     fields = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
     fields |= getattr(record, "fields", {})
     if record.exc_info and record.exc_info[1] is not None:
-        fields["trace"] = _trace(record.exc_info[1])
+        fields["trace"] = _traceback(record.exc_info[1])
     return fields
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object a line. JSON escapes every control character and, in ASCII, every character
-    that could redraw a terminal, so no value can begin a line or hide one."""
+    """Formats a record as one line of JSON in ASCII.
 
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(log_fields(record), default=str)
-
-
-class TextFormatter(logging.Formatter):
-    """The same for a person at a terminal: the same JSON, less what the eye does not need."""
+    JSON escapes control characters and line ends, so no value can forge a line. Characters beyond
+    ASCII, some of which control terminals, are escaped as well.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         fields = log_fields(record)
-        del fields["time"]
-        moment = self.formatTime(record, "%H:%M:%S")
-        head = f"{moment} {fields.pop('level'):7} {json.dumps(fields.pop('event'))[1:-1]}"
-        trace = f"\n{fields.pop('trace', '')}"
-        fields = json.dumps(fields, default=str, separators=(" ", "="))[1:-1]
-        fields = UNNEEDED.sub(r"\1", fields)
-        return f"{head} {fields}".rstrip() + trace.rstrip()
+        # pydantic-core takes a quarter of the time, but leaves U+009B and U+202E as they are and
+        # raises ValueError for a lone surrogate.
+        with suppress(ValueError):
+            line = to_json(fields, fallback=str)
+            if line.isascii():
+                return line.decode()
+        return json.dumps(fields, default=str, separators=(",", ":"))
 
 
-def _trace(error: BaseException) -> str:
-    """A traceback, of causes and of a group's members too, without the errors' own texts, which may
-    quote what a caller or a provider sent."""
-    fields: dict[int, str] = {}
-    left: list[BaseException | None] = [error]
-    while left:
-        # Errors may cause each other.
-        if (each := left.pop()) is not None and id(each) not in fields:
+class TextFormatter(logging.Formatter):
+    """Formats a record as a short line for a terminal. Only printable ASCII is left as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = log_fields(record)
+        text = _request_text(fields) if fields["event"] == "request" else fields["event"]
+        level = "" if record.levelno == logging.INFO else f"{fields['level']}: "
+        line = f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
+        line = re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], line)
+        return f"{line}\n{fields['trace']}".rstrip() if "trace" in fields else line
+
+
+def _request_text(fields: dict[str, Any]) -> str:
+    """Return the request's log line for a terminal: what happened, how fast, with which model."""
+    words = [fields[name] for name in ("method", "route", "status", "outcome")]
+    words.append(f"{fields['duration_ms']:.0f} ms")
+    words.append(fields.get("model") or fields.get("requested_model"))
+    if "ttft_ms" in fields:
+        words.append(f"ttft {fields['ttft_ms']:.0f} ms")
+    if "prompt_tokens" in fields and "completion_tokens" in fields:
+        words.append(f"{fields['prompt_tokens']}+{fields['completion_tokens']} tokens")
+    words += [fields.get("cause"), fields["request_id"]]
+    return " ".join(str(word) for word in words if word is not None)
+
+
+def _traceback(error: BaseException) -> str:
+    """Return the tracebacks of an exception, its causes and the members of groups.
+
+    The messages of the exceptions are left out, since they may quote a caller or a provider.
+    """
+    found: dict[int, str] = {}
+    remaining: list[BaseException | None] = [error]
+    while remaining:
+        # Exceptions can form a cycle.
+        if (each := remaining.pop()) is not None and id(each) not in found:
             frames = "".join(traceback.format_tb(each.__traceback__))
-            fields[id(each)] = f"{type(each).__qualname__}\n{frames}"
-            left += [each.__cause__ or each.__context__, *getattr(each, "exceptions", ())]
-    return "caused by ".join(fields.values())
+            found[id(each)] = f"{type(each).__qualname__}\n{frames}"
+            remaining += [each.__cause__ or each.__context__, *getattr(each, "exceptions", ())]
+    return "caused by ".join(found.values())

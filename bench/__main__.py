@@ -1,104 +1,83 @@
-"""`python -m bench`: the service beside its peers, round by round, in ratios.
+"""`python -m bench`: measure the service beside its peers and print the ratios.
 
-Everything runs on this machine: the program under measurement alone on the last core, callers and
-upstream on the first. What comes out is written to `bench/results/`.
+The measured program has the last core for itself. The load generator and the provider share the
+first. Each load runs on a fresh process of one program after the other before the next load begins,
+so that the two figures of a ratio are taken seconds apart.
 """
 
 import argparse
 import asyncio
 import gc
-import json
 import os
 import platform
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import uvloop
 
-from bench.cases import CASES, Figures, Size, Subject, warm
-from bench.load import Questions
-from bench.peers import OPENAI_BODY, PEERS, SERVICE, Peer, Place, upstream
-from bench.process import running
-from bench.report import RESULTS, picture, table
+from bench.loads import LOADS, Figures, Size, Subject, warm_up
+from bench.peers import PEERS, SERVICE, Peer, Site, upstream
+from bench.process import Process, running
+from bench.report import TABLE, table
 
-# LiteLLM would be measured for minutes with a thousand streams; the SDK and the proxies have no
-# sessions, only these two a limit of their own.
-LEFT_OUT = {
-    "litellm": {"hold", "sessions", "classify_error"},
-    "fastapi": {"sessions"},
-    "ferro": {"sessions", "classify_error"},
-    "nginx": {"sessions", "classify_error"},
-}
-DIRECT = "direct"
-# Callers and upstream run here, and what is measured on the last core.
 LOAD_CORE = 0
+# The table of fewer rounds is printed, but not kept.
+KEPT_ROUNDS = 5
+# Above this share of its core, the load generator distorts the times it measures.
+MAX_GENERATOR_USE = 0.85
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured how often, on which cores."""
+    """What to measure, and the provider to measure it with."""
 
-    cases: Sequence[str]
+    loads: Sequence[str]
     peers: Sequence[Peer]
     size: Size
-    core: int
-    upstream: int
+    env: Mapping[str, str]
+    provider: Process
+    provider_port: int
 
     async def round(self) -> dict[str, Figures]:
-        """Every peer once through every case."""
-        direct = Questions(self.upstream, "/v1/chat/completions", OPENAI_BODY)
-        subject = Subject(direct, None, self.size)
-        found = {DIRECT: await self._measure(subject, {"hold", "latency"})}
-        for peer in self.peers:
-            print(f"  {peer.name}", end="", flush=True)
-            began = time.monotonic()
-            try:
-                found[peer.name] = await self._peer(peer, found[DIRECT])
-            except RuntimeError as error:
-                print(f" MISSING: {error}", flush=True)
-            print(f" {time.monotonic() - began:.0f} s", flush=True)
-        return found
-
-    async def _peer(self, peer: Peer, direct: Figures) -> Figures:
-        with TemporaryDirectory() as folder:
-            place = Place(Path(folder), free_port(), self.upstream)
-            async with running(peer.program(place, False), self.core, place.folder) as process:
-                figures = {"start.wall": process.wall, "start.cpu": process.cpu}
-                subject = Subject(peer.questions(place.port), process, self.size)
-                await warm(subject.questions, peer.warming)
-                figures["start.idle_memory"] = process.memory()
-                wanted = set(CASES) - LEFT_OUT.get(peer.name, set()) - {"classify_error"}
-                figures |= await self._measure(subject, wanted)
-        if "classify_error" in self.cases and "classify_error" not in LEFT_OUT.get(
-            peer.name, set()
-        ):
-            with TemporaryDirectory() as folder:
-                place = Place(Path(folder), free_port(), self.upstream)
-                async with running(peer.program(place, True), self.core, place.folder) as process:
-                    subject = Subject(peer.questions(place.port), process, self.size)
-                    figures |= await self._measure(subject, {"classify_error"})
-        for name in ("latency", "sessions"):
-            for what in ("ttft", "end"):
-                if f"{name}.{what}_p50" in figures and f"latency.{what}_p50" in direct:
-                    added = figures[f"{name}.{what}_p50"] - direct[f"latency.{what}_p50"]
-                    figures[f"{name}.added_{what}"] = added
-        if "hold.longest_s" in figures and "hold.longest_s" in direct:
-            figures["hold.longest"] = figures["hold.longest_s"] / direct["hold.longest_s"]
-        return figures | installed(peer)
-
-    async def _measure(self, subject: Subject, wanted: set[str]) -> Figures:
-        figures: Figures = {}
-        for name, case in CASES.items():
-            if name in self.cases and name in wanted:
-                gc.collect()
-                measured = await case(subject)
-                figures |= {f"{name}.{figure}": value for figure, value in measured.items()}
+        """Run every load on every peer once and return the figures of each peer."""
+        figures: dict[str, Figures] = {peer.name: {"failed": 0} for peer in self.peers}
+        for load in self.loads:
+            for peer in self.peers:
+                if load in peer.skipped_loads:
+                    continue
+                try:
+                    found = await self._measure(load, peer)
+                except (OSError, RuntimeError) as error:
+                    print(f"{peer.name} failed under the load {load!r}: {error}", flush=True)
+                    continue
+                figures[peer.name]["failed"] += found.pop("failed")
+                figures[peer.name] |= {f"{load}.{name}": found[name] for name in found}
         return figures
+
+    async def _measure(self, load: str, peer: Peer) -> Figures:
+        with TemporaryDirectory() as name:
+            site = Site(Path(name), free_port(), self.provider_port, self.env)
+            async with running(peer.program(site), last_core(), site.folder) as process:
+                subject = Subject(peer.endpoint(site.port), process, self.size)
+                await warm_up(subject.endpoint)
+                gc.collect()
+                started_at, cpu = time.monotonic(), self._generator_cpu()
+                figures = await LOADS[load](subject)
+                seconds = time.monotonic() - started_at
+                use = (self._generator_cpu() - cpu) / seconds
+        print(f"  {load:8} {peer.name:8} {seconds:4.0f} s", flush=True)
+        # Only these loads time a busy program. The others may use all of the generator's core.
+        if load in ("arrival", "hold") and use > MAX_GENERATOR_USE:
+            print(f"WARNING: the load generator used {use:.0%} of its core; ignore the times.")
+        return figures
+
+    def _generator_cpu(self) -> float:
+        return time.process_time() + self.provider.cpu_seconds()
 
 
 def last_core() -> int:
@@ -111,69 +90,51 @@ def free_port() -> int:
         return port
 
 
-def installed(peer: Peer) -> Figures:
-    """The bytes and the packages of a peer's virtual environment, the installer's own aside."""
-    site = next(peer.needs.parent.parent.glob("lib/python*/site-packages"), None)
-    if site is None:
-        return {}
-    ours = ("pip", "setuptools", "_distutils_hack", "pkg_resources", "distutils-precedence")
-    entries = [entry for entry in site.iterdir() if not entry.name.startswith(ours)]
-    files = [file for entry in entries for file in (entry, *entry.rglob("*")) if file.is_file()]
-    # A wheel may put a program beside the interpreter.
-    files += peer.needs.parent.glob("ferrogw")
-    packages = sum(entry.name.endswith(".dist-info") for entry in entries)
-    size = sum(file.stat().st_size for file in files)
-    return {"start.installed": size, "start.packages": packages}
-
-
 def machine() -> str:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     name = cpu[0].partition(":")[2].strip() if cpu else platform.machine()
-    version = subprocess.check_output([SERVICE.needs, "--version"], text=True).strip()
-    system = f"Linux {platform.release()}, {version}"
-    return f"{name}, {os.cpu_count()} cores, {system}"
+    python = subprocess.check_output([SERVICE.executable, "--version"], text=True).strip()
+    return f"{name}, {os.cpu_count()} cores, Linux {platform.release()}, {python}"
 
 
-async def measure(cases: Sequence[str], peers: Sequence[Peer], rounds: int, size: Size) -> None:
+async def measure(
+    loads: Sequence[str], peers: Sequence[Peer], rounds: int, env: Mapping[str, str]
+) -> None:
     port = free_port()
-    bench = Bench(cases, peers, size, last_core(), port)
-    found: dict[str, list[Figures]] = {}
+    results: dict[str, list[Figures]] = {}
     with TemporaryDirectory() as folder:
-        async with running(upstream(port), LOAD_CORE, Path(folder)):
+        async with running(upstream(port), LOAD_CORE, Path(folder)) as provider:
+            bench = Bench(loads, peers, Size(), env, provider, port)
             for number in range(rounds):
                 print(f"round {number + 1} of {rounds}", flush=True)
                 for name, figures in (await bench.round()).items():
-                    found.setdefault(name, []).append(figures)
-    print(table(found))
-    if set(cases) == set(CASES) and len(peers) > 1:
-        write(found, rounds)
-
-
-def write(found: dict[str, list[Figures]], rounds: int) -> None:
-    """Keep a whole run; `make docs` puts it into the README."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    head = f"{time.strftime('%Y-%m-%d')}, {machine()}; rounds: {rounds}\n\n"
-    (RESULTS / "table.md").write_text(head + table(found))
-    (RESULTS / "ratios.svg").write_text(picture(found))
+                    results.setdefault(name, []).append(figures)
+    text = f"{time.strftime('%Y-%m-%d')}, {machine()}; rounds: {rounds}.\n\n{table(results)}"
+    print(f"\n{text}")
+    if rounds >= KEPT_ROUNDS and set(loads) == set(LOADS) and len(peers) > 1 and not env:
+        TABLE.write_text(text)
 
 
 def main() -> None:
+    names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    known = {peer.name: peer for peer in PEERS}
-    parser.add_argument("--cases", default=",".join(CASES), help="default: %(default)s")
-    parser.add_argument("--peers", default=",".join(known), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
-    peers = [known[name] for name in asked.peers.split(",")]
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--peers", nargs="+", choices=names, default=names)
+    parser.add_argument("--rounds", type=int, default=KEPT_ROUNDS)
+    parser.add_argument(
+        "--env", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the service"
+    )
+    options = parser.parse_args()
+    peers = [peer for peer in PEERS if peer.name in options.peers]
     for peer in peers:
-        if peer.missing:
-            print(f"MISSING: {peer.title} is not at {peer.needs}")
-    peers = [peer for peer in peers if not peer.missing]
+        if not peer.executable.exists():
+            print(f"Skipping {peer.title}: {peer.executable} does not exist.")
+    peers = [peer for peer in peers if peer.executable.exists()]
+    env = dict(setting.split("=", 1) for setting in options.env)
     os.sched_setaffinity(0, {LOAD_CORE})
     gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(measure(asked.cases.split(","), peers, asked.rounds, Size()))
+        runner.run(measure(options.loads, peers, options.rounds, env))
 
 
 if __name__ == "__main__":

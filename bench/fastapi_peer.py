@@ -1,7 +1,7 @@
-"""The obvious way to write this service: FastAPI, StreamingResponse, the openai SDK, slowapi.
+"""The usual way to write such a service: FastAPI, StreamingResponse, the openai SDK, slowapi.
 
-A peer to measure against, kept as short and as fast as its parts allow: no middleware, sessions in
-a dictionary. Run by uvicorn, with `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `RATE_LIMIT`.
+A peer to measure against, as short and as fast as its parts allow: no middleware, sessions in a
+dictionary. Settings: OPENAI_BASE_URL, OPENAI_API_KEY and RATE_LIMIT.
 """
 
 import json
@@ -14,12 +14,12 @@ from fastapi.responses import StreamingResponse
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
-from slowapi import MemoryRateLimiter, _rate_limit_exceeded_handler
+from slowapi import Limiter, _rate_limit_exceeded_handler
 from slowapi.errors import RateLimitExceeded
 from slowapi.util import get_remote_address
 
 client = AsyncOpenAI()
-limiter = MemoryRateLimiter(key_func=get_remote_address)
+limiter = Limiter(key_func=get_remote_address)
 sessions: dict[str, list[ChatCompletionMessageParam]] = {}
 app = FastAPI()
 app.state.limiter = limiter
@@ -35,7 +35,7 @@ def event(**fields: object) -> str:
     return f"data: {json.dumps(fields)}\n\n"
 
 
-async def answer(request_id: str, session_id: str, message: str) -> AsyncIterator[str]:
+async def completion(request_id: str, session_id: str, message: str) -> AsyncIterator[str]:
     history = sessions.setdefault(session_id, [])
     text = ""
     try:
@@ -44,8 +44,8 @@ async def answer(request_id: str, session_id: str, message: str) -> AsyncIterato
             messages=[*history, {"role": "user", "content": message}],
             stream=True,
         )
-        async for chunk in stream:
-            if chunk.choices and (chunk := chunk.choices[0].delta.content):
+        async for part in stream:
+            if part.choices and (chunk := part.choices[0].delta.content):
                 text += chunk
                 yield event(chunk=chunk, id=request_id)
     except Exception as error:
@@ -61,8 +61,8 @@ async def answer(request_id: str, session_id: str, message: str) -> AsyncIterato
 async def chat(request: Request, body: ChatRequest) -> StreamingResponse:
     request_id = uuid.uuid4().hex
     session_id = body.session_id or uuid.uuid4().hex
-    chunks = answer(request_id, session_id, body.message)
-    return StreamingResponse(chunks, media_type="text/event-stream")
+    events = completion(request_id, session_id, body.message)
+    return StreamingResponse(events, media_type="text/event-stream")
 
 
 @app.get("/healthz")

@@ -1,25 +1,26 @@
-"""What is measured: the service and its peers, how each is started and asked.
+"""The measured programs: this service and its peers, and how each is configured and started.
 
-Each has a virtual environment of its own under `.venv-bench/`; nginx is the system's. Whoever is
-not installed is reported missing.
+Each has a virtual environment under `.venv-bench/`, made by `make bench`. nginx is the system's.
 """
 
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from bench.load import Questions
+from bench.client import Endpoint
 from bench.process import Program
 
 ROOT = Path(__file__).parent.parent
 VENVS = ROOT / ".venv-bench"
+BODY = '{"message":"MESSAGE"}'
 OPENAI_BODY = (
     '{"model":"gpt-4o-mini","stream":true,"stream_options":{"include_usage":true},'
     '"messages":[{"role":"user","content":"MESSAGE"}]}'
 )
-# A limiter that is on and never refuses; the other limit is on one caller's answers at once.
+# The rate limiter is on, but admits every request.
 UNLIMITED = "100000000/second"
 
 NGINX = """
@@ -29,7 +30,7 @@ events {{ worker_connections 8000; }}
 http {{
   access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
   fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  upstream provider {{ server 127.0.0.1:{upstream}; keepalive 2048; }}
+  upstream provider {{ server 127.0.0.1:{upstream_port}; keepalive 2048; }}
   server {{
     listen 127.0.0.1:{port} backlog=4096; keepalive_requests 1000000;
     location = /healthz {{ return 200; }}
@@ -43,130 +44,117 @@ http {{
 LITELLM = """
 model_list:
   - model_name: gpt-4o-mini
-    litellm_params: {{model: openai/gpt-4o-mini, api_base: {base_url}, api_key: sk-bench}}
+    litellm_params:
+      model: openai/gpt-4o-mini
+      api_base: http://127.0.0.1:{upstream_port}/v1
+      api_key: sk-bench
 litellm_settings: {{telemetry: false}}
 """
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a program is to run, and whom it is to ask."""
+class Site:
+    """Where a program runs, the provider's port, and additional settings for the service."""
 
     folder: Path
     port: int
-    upstream: int
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.upstream}/v1"
+    upstream_port: int
+    service_env: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program to measure. `program` may write files into the place's folder; `limited` asks for
-    the default limits instead of none."""
+    """A program to measure.
+
+    `configure` returns its arguments and the variables that only it needs. It may write
+    configuration files into the site's folder.
+    """
 
     name: str
     title: str
-    needs: Path
-    program: Callable[[Place, bool], Program]
+    executable: Path
+    configure: Callable[[Site], tuple[list[str], dict[str, str]]]
+    health_path: str = "/healthz"
     path: str = "/v1/chat/completions"
     body: str = OPENAI_BODY
-    # How often it is asked before it is measured.
-    warming: int = 20
+    skipped_loads: frozenset[str] = frozenset()
 
-    def questions(self, port: int) -> Questions:
-        return Questions(port, self.path, self.body)
+    def program(self, site: Site) -> Program:
+        arguments, variables = self.configure(site)
+        env = {
+            "PORT": str(site.port),
+            "OPENAI_API_KEY": "sk-bench",
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{site.upstream_port}/v1",
+            "RATE_LIMIT": UNLIMITED,
+            **variables,
+        }
+        return Program([str(self.executable), *arguments], env, site.port, self.health_path)
 
-    @property
-    def missing(self) -> bool:
-        return not self.needs.exists()
-
-
-def _service(place: Place, limited: bool) -> Program:
-    env = {
-        "PYTHONPATH": str(ROOT),
-        "PORT": str(place.port),
-        "OPENAI_API_KEY": "sk-bench",
-        "OPENAI_BASE_URL": place.base_url,
-    }
-    if not limited:
-        env |= {"RATE_LIMIT": UNLIMITED, "MAX_STREAMS_PER_CALLER": "2000", "MAX_STREAMS": "2000"}
-    return Program([str(SERVICE.needs), "-m", "service"], place.port, "/healthz", env)
+    def endpoint(self, port: int) -> Endpoint:
+        return Endpoint(port, self.path, self.body)
 
 
-def _fastapi(place: Place, limited: bool) -> Program:
-    env = {
-        "PYTHONPATH": str(ROOT),
-        "OPENAI_API_KEY": "sk-bench",
-        "OPENAI_BASE_URL": place.base_url,
-        "RATE_LIMIT": "10/minute" if limited else UNLIMITED,
-    }
-    uvicorn = [str(VENVS / "fastapi/bin/python"), "-m", "uvicorn", "bench.fastapi_peer:app"]
-    return Program([*uvicorn, "--port", str(place.port)], place.port, "/healthz", env)
+def _service(source: Path, site: Site) -> tuple[list[str], dict[str, str]]:
+    limits = {"MAX_STREAMS": "2000", "MAX_STREAMS_PER_CALLER": "2000"}
+    return ["-m", "service"], {"PYTHONPATH": str(source), **limits, **site.service_env}
 
 
-def _nginx(place: Place, limited: bool) -> Program:
-    text = NGINX.format(folder=place.folder, port=place.port, upstream=place.upstream)
-    (place.folder / "nginx.conf").write_text(text)
-    command = ["/usr/sbin/nginx", "-p", str(place.folder), "-c", str(place.folder / "nginx.conf")]
-    return Program(command, place.port, "/healthz", {})
+def _fastapi(site: Site) -> tuple[list[str], dict[str, str]]:
+    arguments = ["bench.fastapi_peer:app", "--port", str(site.port)]
+    return arguments, {"PYTHONPATH": str(ROOT)}
 
 
-def _ferro(place: Place, limited: bool) -> Program:
-    env = {
-        "PORT": str(place.port),
-        "OPENAI_API_KEY": "sk-bench",
-        "OPENAI_BASE_URL": place.base_url,
+def _nginx(site: Site) -> tuple[list[str], dict[str, str]]:
+    config = site.folder / "nginx.conf"
+    config.write_text(NGINX.format(**vars(site)))
+    return ["-p", str(site.folder), "-c", str(config)], {}
+
+
+def _ferro(site: Site) -> tuple[list[str], dict[str, str]]:
+    return [], {
         "RATE_LIMIT_RPS": "0",
         "FERRO_MODEL_CATALOG_TIMEOUT": "0",
         "ALLOW_UNAUTHENTICATED_PROXY": "true",
     }
-    return Program([str(VENVS / "ferro/bin/ferrogw")], place.port, "/health", env)
 
 
-def _litellm(place: Place, limited: bool) -> Program:
-    (place.folder / "litellm.yaml").write_text(LITELLM.format(base_url=place.base_url))
-    command = [str(VENVS / "litellm/bin/litellm"), "--config", "litellm.yaml"]
-    command += ["--host", "127.0.0.1", "--port", str(place.port), "--num_workers", "1"]
-    # Its price list would be fetched from outside. /health would ask the model.
-    env = {
+def _litellm(site: Site) -> tuple[list[str], dict[str, str]]:
+    config = site.folder / "litellm.yaml"
+    config.write_text(LITELLM.format(**vars(site)))
+    arguments = ["--config", str(config), "--host", "127.0.0.1", "--port", str(site.port)]
+    return [*arguments, "--num_workers", "1"], {
+        # Otherwise it downloads its price list.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_LOG": "ERROR",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     }
-    return Program(command, place.port, "/health/liveliness", env)
 
 
 def upstream(port: int) -> Program:
-    """The byte-level provider, in the bench's own Python."""
-    serve = [sys.executable, "-m", "bench.upstream", str(port)]
-    return Program(serve, port, "/", {"PYTHONPATH": str(ROOT)})
+    """Return the benchmark's provider, which runs in the benchmark's own Python."""
+    command = [sys.executable, "-m", "bench.upstream", str(port)]
+    return Program(command, {"PYTHONPATH": str(ROOT)}, port, "/")
 
 
-SERVICE = Peer(
-    "service",
-    "this service",
-    # Tests do without an environment for it alone.
-    python if (python := VENVS / "service/bin/python").exists() else Path(sys.executable),
-    _service,
-    "/api/v1/chat",
-    '{"message":"MESSAGE"}',
-)
-FASTAPI = Peer(
-    "fastapi",
-    "FastAPI + openai SDK",
-    VENVS / "fastapi/bin/uvicorn",
-    _fastapi,
-    "/chat",
-    '{"message":"MESSAGE"}',
-)
+# Tests run the service in their own environment.
+PYTHON = next(filter(Path.exists, [VENVS / "service/bin/python"]), Path(sys.executable))
+NGINX_PATH = Path(shutil.which("nginx") or "/usr/sbin/nginx")
+
+# fmt: off
+SERVICE = Peer("service", "this service", PYTHON, partial(_service, ROOT),
+               path="/api/v1/chat", body=BODY)
 PEERS = (
     SERVICE,
-    Peer(
-        "nginx", "nginx, passing through", Path(shutil.which("nginx") or "/usr/sbin/nginx"), _nginx
-    ),
-    Peer("ferro", "Ferro AI gateway (Go)", VENVS / "ferro/bin/ferrogw", _ferro),
-    FASTAPI,
-    Peer("litellm", "LiteLLM proxy", VENVS / "litellm/bin/litellm", _litellm),
+    replace(SERVICE, name="0.1.0", title="0.1.0", executable=VENVS / "0.1.0/bin/python",
+            configure=partial(_service, VENVS / "0.1.0/source")),
+    Peer("ferro", "Ferro 1.5 (Go)", VENVS / "ferro/bin/ferrogw", _ferro,
+         health_path="/health"),
+    Peer("nginx", "nginx (passes bytes)", NGINX_PATH, _nginx),
+    # It fails most of the streams of `arrival`, and takes half a minute.
+    Peer("fastapi", "FastAPI, openai SDK", VENVS / "fastapi/bin/uvicorn", _fastapi,
+         path="/chat", body=BODY, skipped_loads=frozenset({"arrival"})),
+    # Its /health sends a request to the model, and a thousand streams take it minutes.
+    Peer("litellm", "LiteLLM proxy", VENVS / "litellm/bin/litellm", _litellm,
+         health_path="/health/liveliness", skipped_loads=frozenset({"arrival", "hold"})),
 )
+# fmt: on

@@ -1,4 +1,4 @@
-"""A client on a plain socket, which can do what a well-behaved one never would."""
+"""An HTTP client on a plain socket, which can also misbehave."""
 
 import asyncio
 import json
@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import h11
 
 JSON = {"content-type": "application/json"}
-# The provider's key wherever a test needs one. No answer to a client and no line of a log may hold
-# it, whatever fails in whichever test.
+# The provider's key in every test. No response and no log line may contain it: `Client` and
+# tests/conftest.py search all of them.
 CANARY = "sk-canary-0123456789abcdef"
 
 
 class Response:
-    """An answer as it arrives: status and headers at once, then event by event or all of it."""
+    """A response as it arrives: status and headers first, then the body, whole or by event."""
 
     def __init__(self, client: "Client", head: h11.Response) -> None:
         self._client = client
@@ -25,7 +25,7 @@ class Response:
         self.ended = False
 
     async def block(self) -> str | None:
-        """The next event or comment as it stands, without its blank line; None at the end."""
+        """Return the next event or comment without its blank line, or None at the end."""
         while b"\n\n" not in self._buffer:
             if not await self._read():
                 assert self._buffer == b"", self._buffer
@@ -34,7 +34,7 @@ class Response:
         return block.decode()
 
     async def event(self) -> Any:
-        """The next event's JSON, comments passed over; None at the end."""
+        """Return the next event's JSON, or None at the end. Skip comments."""
         while (block := await self.block()) is not None:
             if not block.startswith(":"):
                 assert block.startswith("data: ")
@@ -43,7 +43,7 @@ class Response:
         return None
 
     async def events(self) -> list[Any]:
-        """All events that are still to come, to the end of the body."""
+        """Return the remaining events; read to the end of the body."""
         events = []
         while (event := await self.event()) is not None:
             events.append(event)
@@ -57,6 +57,25 @@ class Response:
 
     async def json(self) -> Any:
         return json.loads(await self.body())
+
+    async def error(self) -> dict[str, Any]:
+        """Return the error of an error response. Check what all error responses have in common."""
+        body = await self.json()
+        assert list(body) == ["error", "id"]
+        assert body["id"] == self.headers["x-request-id"]
+        error: dict[str, Any] = body["error"]
+        assert list(error)[:4] == ["code", "message", "retryable", "retry_after"]
+        assert list(error)[4:] == (["fields"] if error["code"] == "invalid_request" else [])
+        wait = error["retry_after"]
+        assert self.headers.get("retry-after") == (None if wait is None else str(wait))
+        assert self.headers["content-type"] == "application/json"
+        assert self.headers["cache-control"] == "no-store"
+        assert self.headers["x-content-type-options"] == "nosniff"
+        return error
+
+    async def status_and_code(self) -> tuple[int, str]:
+        """Return the status and the error code of an error response."""
+        return self.status, (await self.error())["code"]
 
     async def _read(self) -> bool:
         if self.ended:
@@ -72,8 +91,7 @@ class Response:
 
 
 class Client:
-    """One connection to a service. `ask` sends a request and returns when the head of its answer is
-    there."""
+    """One connection to a service."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -82,7 +100,7 @@ class Client:
 
     @classmethod
     async def connect(cls, url: str, host: str | None = None) -> "Client":
-        """A connection to the service at `url`; from `host`, another loopback address, if given."""
+        """Connect to the service at `url`, from loopback address `host` if given."""
         parts = urlsplit(url)
         local = (host, 0) if host else None
         return cls(*await asyncio.open_connection(parts.hostname, parts.port, local_addr=local))
@@ -94,6 +112,7 @@ class Client:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
+        """Send a request. Return when the response's headers have arrived."""
         fields = {"host": "localhost", **(headers or {})}
         if body is not None and not {"content-length", "transfer-encoding"} & fields.keys():
             fields["content-length"] = str(len(body))
@@ -107,12 +126,12 @@ class Client:
     async def chat(
         self, message: str = "Hello", headers: Mapping[str, str] | None = None, **fields: object
     ) -> Response:
-        """POST /api/v1/chat with a well-formed body."""
+        """Send a valid POST /api/v1/chat with these `fields` beside the message."""
         body = json.dumps({"message": message, **fields}).encode()
         return await self.request("POST", "/api/v1/chat", body, {**JSON, **(headers or {})})
 
     async def head(self) -> Response:
-        """The head of the next answer."""
+        """Return the next response when its headers have arrived."""
         part = await self.next_event()
         while isinstance(part, h11.InformationalResponse):
             part = await self.next_event()
@@ -127,16 +146,16 @@ class Client:
         return event
 
     def reuse(self) -> None:
-        """Ready for another request, if the server keeps the connection."""
+        """Prepare for another request if the connection stays open."""
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
 
     def disconnect(self) -> None:
-        """Gone, as a closed browser tab is."""
+        """Abort the connection, as a closed browser tab does."""
         self.writer.transport.abort()
 
-    async def closed(self) -> None:
-        """Returns when the service has closed or reset the connection."""
+    async def wait_closed(self) -> None:
+        """Return when the service has closed or reset the connection."""
         try:
             while await self.reader.read(65536):
                 pass

@@ -1,14 +1,12 @@
-"""What a container engine does with deploy/Dockerfile, done without one.
+"""Build and run deploy/Dockerfile as a container engine would, without one.
 
-`build` reads the Dockerfile and carries out its instructions, stage by stage, in a Debian root that
-debootstrap makes: of the same release and with the same Python as the base that the Dockerfile
-names. `running` starts the entry point as an engine would: a root that can't be written, the
-image's user, no capabilities, no new privileges, a pid namespace, a limit on memory. The network is
-the caller's, as it is in a pod.
+`build` executes the Dockerfile's instructions, stage by stage, in a Debian root that debootstrap
+creates, of the same release and with the same Python as the base image. `running` starts the entry
+point with a read-only root, the image's user, no capabilities, no new privileges, a PID namespace
+and a memory limit. It shares the network of the test, as containers of a pod do.
 """
 
 import asyncio
-import fnmatch
 import json
 import os
 import re
@@ -21,26 +19,26 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tests.client import Client
-from tests.conftest import PATIENCE_SECONDS
+from tests.conftest import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-# Debian's counterpart of python:3.13-slim-trixie.
+# The Debian release of python:3.13-slim-trixie.
 SUITE = "trixie"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 CGROUP = Path("/sys/fs/cgroup/memory")
 MIB = 2**20
-# For one step of a build, the making of Debian included.
+# The limit of each build step, including debootstrap.
 BUILD_SECONDS = 600
 
 
 @dataclass
 class Image:
-    """A root, and what the Dockerfile says of how to run it."""
+    """A root file system, and how the Dockerfile says to run it."""
 
     root: Path
     env: dict[str, str] = field(default_factory=lambda: {"PATH": "/usr/local/bin:/usr/bin:/bin"})
@@ -63,40 +61,38 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
 
 
 def context(source: Path, target: Path) -> Path:
-    """The files of `source` that .dockerignore lets through: of its patterns the last decides."""
-    patterns = [
-        line
-        for line in (source / ".dockerignore").read_text().split("\n")
-        if line and line[0] != "#"
-    ]
+    """Copy the files of `source` that .dockerignore does not exclude to `target`."""
+    lines = (source / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and not excluded(PurePosixPath("/", name), patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / name)
+    return target
 
-    def ignored(directory: str, names: list[str]) -> list[str]:
-        left_out = []
-        for name in names:
-            path = str((Path(directory) / name).relative_to(source))
-            out = False
-            for pattern in patterns:
-                # What lies in a directory that is let through is let through with it.
-                whole = fnmatch.fnmatchcase(path.split("/")[0], pattern.lstrip("!"))
-                deep = pattern.startswith("**/") and fnmatch.fnmatchcase(name, pattern[3:])
-                if whole or deep:
-                    out = not pattern.startswith("!")
-            left_out += [name] if out else []
-        return left_out
 
-    return shutil.copytree(source, target, ignore=ignored)
+def excluded(path: PurePosixPath, patterns: Sequence[str]) -> bool:
+    """Return whether the last pattern that matches the path or a parent of it excludes it."""
+    result = False
+    for pattern in patterns:
+        name = pattern.removeprefix("!")
+        # A pattern is relative to the root of the context, unless it begins with `**/`.
+        anchored = name.removeprefix("**/") if name.startswith("**/") else f"/{name}"
+        if any(each.match(anchored) for each in (path, *path.parents)):
+            result = not pattern.startswith("!")
+    return result
 
 
 def make_base(root: Path) -> None:
-    """What the official image holds, as far as it matters here: Debian, and a Python with pip below
-    /usr/local."""
+    """Create a base like the official image: Debian, and a Python with pip in /usr/local."""
     include = "--include=python3-venv,ca-certificates"
     run("debootstrap", "--variant=minbase", include, SUITE, str(root))
     run_in(root, {"PATH": "/usr/bin:/bin"}, "/", ["python3", "-m", "venv", "/usr/local"])
 
 
 def build(dockerfile: str, source: Path, base: Path, work: Path) -> Image:
-    """The image of the last stage."""
+    """Build all stages and return the image of the last one."""
     files = context(source, work / "context")
     arguments: dict[str, str] = {}
     stages: list[tuple[str, Image]] = []
@@ -106,7 +102,7 @@ def build(dockerfile: str, source: Path, base: Path, work: Path) -> Image:
             continue
         if name == "FROM":
             root = work / f"stage-{len(stages)}"
-            # Links, not copies: what the steps change, they write anew.
+            # Hard links are enough, because build steps replace files instead of changing them.
             run("cp", "-al", str(base), str(root))
             stages.append((rest.partition(" AS ")[2], Image(root)))
             continue
@@ -151,7 +147,7 @@ def carry_out(
 
 
 def pairs(text: str, known: Mapping[str, str]) -> dict[str, str]:
-    """NAME=VALUE of ARG, ENV and LABEL, with what is `known` put in for ${NAME}."""
+    """Parse NAME=VALUE pairs of ARG, ENV and LABEL. `known` has the values of ${NAME}."""
     filled = re.sub(r"\$\{(\w+)\}", lambda match: known[match[1]], text)
     return dict(pair.split("=", 1) for pair in shlex.split(filled))
 
@@ -168,7 +164,7 @@ def copy(image: Image, words: list[str], stages: Mapping[str, Image], files: Pat
     assert found, words
     for path in found:
         if path.is_dir():
-            # Of a directory COPY takes what is in it.
+            # COPY copies the contents of a directory.
             target.mkdir(parents=True, exist_ok=True)
             run("cp", "-a", f"{path}/.", str(target))
         else:
@@ -185,7 +181,7 @@ def run(*command: str) -> None:
 
 
 def run_in(root: Path, env: Mapping[str, str], workdir: str, command: Sequence[str]) -> None:
-    """Run a step of the build. It may use the network, and pip this machine's way to it."""
+    """Run a build step, with network access and this machine's settings for pip."""
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     sandbox = ["bwrap", "--bind", str(root), "/", "--dev", "/dev", "--proc", "/proc", "--clearenv"]
     sandbox += ["--cap-add", "ALL", "--chdir", workdir]
@@ -198,7 +194,7 @@ def run_in(root: Path, env: Mapping[str, str], workdir: str, command: Sequence[s
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[Path]:
-    """A control group whose processes may hold `size` bytes together, page cache included."""
+    """Create a control group that limits the memory of its processes, page cache included."""
     group = CGROUP / f"chat-sidecar-{os.getpid()}"
     group.mkdir()
     try:
@@ -210,14 +206,14 @@ def memory_limit(size: int) -> Iterator[Path]:
 
 @dataclass
 class Container:
-    """A service that runs in its container."""
+    """A running container."""
 
     image: Image
     group: Path
     process: Process
     url: str
     log: list[dict[str, Any]]
-    # The process as this machine knows it (in there it is 1), and its environment.
+    # The PID outside of the container (inside it is 1), and the environment of the process.
     pid: int = 0
     env: list[str] = field(default_factory=list)
     clients: list[Client] = field(default_factory=list)
@@ -227,32 +223,32 @@ class Container:
         return self.clients[-1]
 
     async def execute(self, *command: str) -> tuple[int | None, str]:
-        """Run one more process in there, as probes are: its status and what it said."""
+        """Run a command in the container, as probes do. Return its exit status and output."""
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--ipc", "--uts"]
         enter += [f"--root=/proc/{self.pid}/root", f"--wd=/proc/{self.pid}/cwd"]
         enter += ["env", "-i", *self.env, *as_user(self.image.user), *command]
         process = await asyncio.create_subprocess_exec(
             *limited(self.group, enter), stdout=PIPE, stderr=subprocess.STDOUT
         )
-        said, _ = await process.communicate()
-        return process.returncode, said.decode()
+        output, _ = await process.communicate()
+        return process.returncode, output.decode()
 
-    async def line(self, event: str) -> None:
-        """Returns when the log says this."""
+    async def wait_for_event(self, event: str) -> None:
+        """Read the log until a line whose event begins with `event`."""
         assert self.process.stdout is not None
         while text := await self.process.stdout.readline():
             self.log.append(json.loads(text))
-            if self.log[-1]["event"] == event:
+            if self.log[-1]["event"].startswith(event):
                 return
-        raise AssertionError(f"no line says {event!r}")
+        raise AssertionError(f"{event!r} is not in the log")
 
     def stop(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
 
-    async def ended(self) -> int | None:
-        """Its exit status; the rest of its log is read."""
-        said, _ = await self.process.communicate()
-        self.log += [json.loads(line) for line in said.splitlines()]
+    async def wait(self) -> int | None:
+        """Read the rest of the log and return the exit status."""
+        output, _ = await self.process.communicate()
+        self.log += [json.loads(line) for line in output.splitlines()]
         return self.process.returncode
 
 
@@ -269,31 +265,17 @@ def limited(group: Path, command: Sequence[str]) -> list[str]:
 def start_command(
     image: Image, data: Path, env: Mapping[str, str], mounts: Mapping[str, Path]
 ) -> list[str]:
-    """The entry point in namespaces. An engine makes the places on which it mounts."""
+    """Return the command that runs the entry point in namespaces, with the mounts."""
     sandbox = ["bwrap", "--ro-bind", str(image.root), "/", "--bind", str(data), image.volume]
     for place, source in mounts.items():
         target = inside(image.root, place)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.mkdir(exist_ok=True) if source.is_dir() else target.touch()
         sandbox += ["--ro-bind", str(source), place]
-    sandbox += [
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-        "--chdir",
-        image.workdir,
-    ]
-    sandbox += [
-        "--unshare-pid",
-        "--unshare-ipc",
-        "--unshare-uts",
-        "--as-pid-1",
-        "--die-with-parent",
-    ]
-    # Only to become the image's user, and lose them.
+    sandbox += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    sandbox += ["--unshare-pid", "--unshare-ipc", "--unshare-uts"]
+    sandbox += ["--as-pid-1", "--die-with-parent", "--chdir", image.workdir]
+    # setpriv needs these to become the image's user, and drops them.
     for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
         sandbox += ["--cap-add", capability]
     sandbox += ["--clearenv"]
@@ -303,7 +285,7 @@ def start_command(
 
 
 def innermost(pid: int) -> int:
-    """The last of a chain of processes, each the only child of the one before."""
+    """Return the last of a chain of processes, each the only child of the one before."""
     while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         pid = int(children[0])
     return pid
@@ -314,7 +296,7 @@ def environment(pid: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A port for the service and, since both read the same setting, for its health check."""
+    """Return a free port. The service and its health check need the same one."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -330,23 +312,23 @@ async def running(
     memory: int = 128 * MIB,
     clock: Sequence[str] = (),
 ) -> AsyncIterator[Container]:
-    """The service, listening, with `data` as its volume; `clock` are options of unshare(1) that
-    give it another time. Killed at the end of the block if it still runs."""
-    command = start_command(image, data, {"PORT": str(free_port()), **env}, mounts or {})
+    """Run the service with `data` as its volume, and kill it at the end of the block.
+
+    `clock` are options of unshare(1) that change its time.
+    """
+    port = free_port()
+    command = start_command(image, data, {"PORT": str(port), **env}, mounts or {})
     if clock:
         command = ["unshare", "--fork", "--kill-child", "--time", *clock, *command]
     with memory_limit(memory) as group:
         process = await asyncio.create_subprocess_exec(*limited(group, command), stdout=PIPE)
         assert process.stdout is not None
-        container = Container(image, group, process, "", [])
+        container = Container(image, group, process, f"http://127.0.0.1:{port}", [])
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                while not container.url:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                # The start line has the address.
+                while f"http://0.0.0.0:{port}" not in str(container.log[-1:]):
                     container.log.append(json.loads(await process.stdout.readline()))
-                    said = re.search(
-                        r"Listening on http://0.0.0.0(:\d+);", container.log[-1]["event"]
-                    )
-                    container.url = f"http://127.0.0.1{said[1]}" if said else ""
             container.pid = innermost(process.pid)
             container.env = environment(container.pid)
             yield container
@@ -358,12 +340,12 @@ async def running(
             await process.wait()
 
 
-async def refused(
+async def fail_to_start(
     image: Image, data: Path, env: Mapping[str, str], mounts: Mapping[str, Path] | None = None
 ) -> tuple[int | None, str]:
-    """What a service that can't start ends with, and says."""
+    """Run a service that cannot start. Return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         *start_command(image, data, env, mounts or {}), stdout=PIPE, stderr=subprocess.STDOUT
     )
-    said, _ = await process.communicate()
-    return process.returncode, said.decode()
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()

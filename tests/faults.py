@@ -1,5 +1,4 @@
-"""What every fault test needs: a service beside its scripted providers, and the proof that nothing
-of a request is left when it has ended."""
+"""Scenarios of a service and scripted providers, which check that no request leaks resources."""
 
 import asyncio
 import os
@@ -13,12 +12,12 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.lowlevel import checkpoint
 
-from tests.client import CANARY, Client, Response
-from tests.conftest import PATIENCE_SECONDS, Running, running_service
+from tests.client import Client, Response
+from tests.conftest import TIMEOUT_SECONDS, RunningService, openai_env, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
 SESSION = "mine"
-# The status that a failure gets where nothing was sent before it.
+# The HTTP status of each failure before the first chunk.
 STATUS = {
     "upstream_error": 502,
     "upstream_incomplete": 502,
@@ -29,120 +28,116 @@ STATUS = {
     "state_unavailable": 503,
     "shutting_down": 503,
 }
+# Outcomes that need no operator: success, errors that the caller has to fix, and a shutdown.
+INFO_OUTCOMES = {"done", "context_too_long", "content_refused", "shutting_down"}
 
 
-# What is the caller's to change, or nobody's fault, is no news to an operator.
-QUIET = {"done", "context_too_long", "content_refused", "shutting_down"}
+def expected_level(outcome: str) -> str:
+    """Return the level of the log line of a stream with this outcome."""
+    return "info" if outcome in INFO_OUTCOMES else "warning"
 
 
-def level(ended: str) -> str:
-    """How loudly the log tells of an answer that ended like this."""
-    return "info" if ended in QUIET else "warning"
+def provider_env(url: str) -> dict[str, str]:
+    """Return settings with one provider at `url`, without retries and rate limit."""
+    return openai_env(url, RATE_LIMIT="off")
 
 
-def settings(url: str) -> dict[str, str]:
-    """One provider at `url`, asked once, and no limit in the way."""
-    return {
-        "OPENAI_API_KEY": CANARY,
-        "OPENAI_BASE_URL": url,
-        "RATE_LIMIT": "off",
-        "MAX_RETRIES": "0",
-    }
+def count_open_files() -> int:
+    """Return the number of this process's open file descriptors."""
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - iterdir would add a Path for each
 
 
-def open_files() -> int:
-    """How many file descriptors this process holds."""
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path would be made of each
-
-
-async def no_more_files_than(before: int) -> None:
-    """The event loop closes a socket a few turns after it was told to."""
-    for _ in range(1000):
-        if open_files() <= before:
-            return
-        await checkpoint()
-    raise AssertionError(f"{open_files() - before} file descriptors are left over")
+async def wait_for_open_files(limit: int) -> None:
+    """Return when at most `limit` files are open: the event loop closes sockets a little later."""
+    with anyio.move_on_after(TIMEOUT_SECONDS):
+        while count_open_files() > limit:
+            await checkpoint()
+    excess = count_open_files() - limit
+    assert excess <= 0, f"{excess} file descriptors were not closed"
 
 
 @dataclass
-class Scene:
-    """A service and its providers, alone in the process."""
+class Scenario:
+    """A service and its providers."""
 
-    app: Running
+    app: RunningService
     upstreams: Sequence[Upstream]
 
     @property
     def upstream(self) -> Upstream:
         return self.upstreams[0]
 
-    async def request(self, **fields: Any) -> Response:
-        """A chat in the one session, on a connection of its own."""
+    async def chat(self, **fields: Any) -> Response:
+        """Send a chat request in SESSION on a new connection."""
         return await self.app.chat(**{"session_id": SESSION, **fields})
 
-    def chats(self) -> list[dict[str, Any]]:
-        """The log lines of chats so far."""
+    def chat_log_lines(self) -> list[dict[str, Any]]:
+        """Return the log lines of the chat requests that have ended."""
         lines = self.app.log.requests()
         return [line for line in lines if line["route"] == "/api/v1/chat"]
 
-    async def line(self, number: int = 0) -> dict[str, Any]:
-        """The log line of the chat of that number, waited for."""
-        await self.app.log.request(number)
-        while len(self.chats()) <= number:
-            await self.app.log.request(len(self.app.log.requests()))
-        return self.chats()[number]
+    async def wait_for_log_line(self, number: int = 0) -> dict[str, Any]:
+        """Return the log line of chat request `number`; wait until it is written."""
+        while len(self.chat_log_lines()) <= number:
+            await self.app.log.wait_for_request(len(self.app.log.requests()))
+        return self.chat_log_lines()[number]
 
-    async def history(self) -> list[tuple[str, bool]]:
-        """The answers that are stored, and whether each is complete."""
+    async def read_responses(self) -> list[tuple[str, bool]]:
+        """Return text and `complete` of each response stored in SESSION."""
         reply = await self.app.get(f"/api/v1/sessions/{SESSION}")
         messages = (await reply.json()).get("messages", ())
         return [(m["content"], m["complete"]) for m in messages if m["role"] == "assistant"]
 
-    async def nothing_held(self) -> None:
-        """No slot is taken, and the session is not locked: it can be deleted."""
+    async def assert_nothing_held(self) -> None:
+        """Check that no stream slot is in use and that SESSION can be deleted, so is not locked."""
         assert await self.app.metric("chat_active_streams") == 0
         reply = await (await self.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
         assert reply.status in (204, 404)
 
-    async def upstreams_closed(self) -> None:
-        """Every connection to a provider that was asked is closed."""
+    async def wait_for_upstreams_closed(self) -> None:
+        """Return when every connection to a provider is closed."""
         for upstream in self.upstreams:
             for request in upstream.requests:
                 await request.closed.wait()
 
 
 @asynccontextmanager
-async def scene(*scripts: Script, **env: str) -> AsyncIterator[Scene]:
-    """A service whose providers follow the scripts: `openai`, then `b`, `c` and so on. Each is
-    asked once, and no limit is in the way, unless `env` says so. After the block no connection and
-    no file descriptor is left."""
-    # A loop that listens for the first time keeps a descriptor in reserve.
+async def run_scenario(*scripts: Script, **env: str) -> AsyncIterator[Scenario]:
+    """Run a service whose providers `openai`, `b`, `c` and so on follow the scripts.
+
+    There are no retries and no rate limit unless `env` sets them. On exit, checks that every
+    connection and file descriptor is closed.
+    """
+    # The event loop reserves a file descriptor when it listens for the first time.
     loop = asyncio.get_running_loop()
     (await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)).close()
     await checkpoint()
-    before = open_files()
+    before = count_open_files()
     async with AsyncExitStack() as stack:
-        stack.enter_context(anyio.fail_after(PATIENCE_SECONDS))
+        stack.enter_context(anyio.fail_after(TIMEOUT_SECONDS))
         upstreams = [await stack.enter_async_context(running_upstream(each)) for each in scripts]
         names = [chr(ord("a") + number) for number in range(1, len(scripts))]
-        defaults = {**settings(upstreams[0].url), "PROVIDERS": ",".join(names)}
+        defaults = {**provider_env(upstreams[0].url), "PROVIDERS": ",".join(names)}
         for name, upstream in zip(names, upstreams[1:], strict=True):
             defaults[f"{name.upper()}_BASE_URL"] = upstream.url
         async with running_service({**defaults, **env}) as app:
-            found = Scene(app, upstreams)
-            yield found
-        await found.upstreams_closed()
-    await no_more_files_than(before)
+            scenario = Scenario(app, upstreams)
+            yield scenario
+        await scenario.wait_for_upstreams_closed()
+    await wait_for_open_files(before)
 
 
-async def ending(reply: Response) -> tuple[str, dict[str, Any]]:
-    """The text of an answer and its one terminal event, after which nothing comes; or the body of
-    an error of its own status."""
+async def read_to_end(reply: Response) -> tuple[str, dict[str, Any]]:
+    """Return a response's text and its terminal event. Check that nothing follows the event.
+
+    For an error response the text is empty, and the error takes the place of the event.
+    """
     if reply.status != 200:
-        body: dict[str, Any] = await reply.json()
-        assert body["id"] == reply.headers["x-request-id"]
-        wait = body["error"]["retry_after"]
-        assert reply.headers.get("retry-after") == (None if wait is None else str(wait))
-        return "", {"status": "error", **body}
+        return "", {
+            "status": "error",
+            "id": reply.headers["x-request-id"],
+            "error": await reply.error(),
+        }
     *chunks, last = await reply.events()
     assert all(chunk.keys() == {"chunk", "id"} for chunk in chunks)
     assert last["status"] in ("done", "error")
@@ -150,17 +145,21 @@ async def ending(reply: Response) -> tuple[str, dict[str, Any]]:
     return "".join(chunk["chunk"] for chunk in chunks), last
 
 
-def outcome(last: dict[str, Any]) -> str:
-    """`done` or the error's code."""
+def get_outcome(last: dict[str, Any]) -> str:
+    """Return "done" or the error code of a terminal event."""
     code: str = last["error"]["code"] if last["status"] == "error" else "done"
     return code
 
 
-async def small_client(url: str) -> Client:
-    """A client for which the kernel keeps little, and which reads nothing unless it is asked to."""
+async def connect_slow_client(url: str) -> Client:
+    """Return a client that buffers 4 KiB in the kernel and nothing itself until it reads.
+
+    Its small segments let the service's kernel buffer 100 kB for it. On loopback, 3 MB are usual.
+    """
     parts = urlsplit(url)
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
     return Client(*await asyncio.open_connection(sock=sock, limit=1))

@@ -1,4 +1,4 @@
-"""A real Redis on a free port, which a test may kill, pause and fill; and a slow way to it."""
+"""A real Redis on a free port that a test can kill, pause and fill, and a slow proxy before it."""
 
 import asyncio
 import os
@@ -16,8 +16,8 @@ import pytest
 from redis import Redis
 
 
-def program(name: str) -> str:
-    """Where the program is. Without it a test is skipped at home, and fails in CI."""
+def find_program(name: str) -> str:
+    """Return the program's path. If it is not installed, skip the test, or fail it in CI."""
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if path is None and os.environ.get("CI"):
         pytest.fail(f"{name} is not installed")
@@ -35,8 +35,10 @@ def free_port() -> int:
 
 @dataclass
 class RedisServer:
-    """`redis-server`, which writes every change to its directory's append-only file at once, so
-    that it knows after a kill what it knew before."""
+    """A `redis-server` process.
+
+    It writes every change to its append-only file at once, so a kill loses nothing.
+    """
 
     directory: Path
     options: Sequence[str] = ()
@@ -47,8 +49,8 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        """Returns when it serves."""
-        command = [program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port)]
+        """Start the server and wait until it accepts connections."""
+        command = [find_program("redis-server"), "--bind", "127.0.0.1", "--port", str(self.port)]
         command += ["--dir", str(self.directory), "--save", "", "--appendonly", "yes"]
         command += ["--appendfsync", "always", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -67,12 +69,12 @@ class RedisServer:
         self.process.stdout.close()
 
     def shell(self) -> Redis:
-        """An operator's connection."""
+        """Return a connection as an operator's redis-cli has it."""
         return Redis(port=self.port, decode_responses=True, protocol=2)
 
     @asynccontextmanager
     async def paused(self, seconds: float) -> AsyncIterator[None]:
-        """It answers nobody for so long, which is longer than the block may take."""
+        """Let the server reply to no client for so many seconds, longer than the block takes."""
         with self.shell() as shell:
             shell.client_pause(round(seconds * 1000))
             pong = asyncio.create_task(asyncio.to_thread(shell.ping))
@@ -82,7 +84,7 @@ class RedisServer:
 
     @contextmanager
     def full(self) -> Iterator[None]:
-        """It has no memory left while the block runs."""
+        """Let the server be out of memory while the block runs."""
         with self.shell() as shell:
             shell.config_set("maxmemory", 1)
             try:
@@ -93,25 +95,24 @@ class RedisServer:
 
 @dataclass
 class Relay:
-    """A way to a port that takes its time: what the server says is held back for `delay` seconds,
-    or for ever while `dropping`."""
+    """A TCP proxy that delays replies by `delay` seconds and, while `dropping`, drops all data."""
 
     port: int
     delay: float = 0.0
     dropping: bool = False
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self.port)
+        replies, requests = await asyncio.open_connection("127.0.0.1", self.port)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._pass(reader, back, 0))
-            tasks.create_task(self._pass(there, writer, 1))
+            tasks.create_task(self._forward(reader, requests, delayed=False))
+            tasks.create_task(self._forward(replies, writer, delayed=True))
 
-    async def _pass(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late: int
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, delayed: bool
     ) -> None:
         try:
             while data := await reader.read(65536):
-                await asyncio.sleep(self.delay * late)
+                await asyncio.sleep(self.delay if delayed else 0)
                 if not self.dropping:
                     writer.write(data)
         except ConnectionError:
@@ -122,23 +123,25 @@ class Relay:
 
 @contextmanager
 def running_relay(port: int) -> Iterator[tuple[Relay, str]]:
-    """A relay to that port, and the URL of a Redis at its end; in a thread of its own, for the
-    service waits at its start without its event loop."""
+    """Run a proxy before the Redis at `port`, and yield it with its Redis URL.
+
+    It runs in a thread of its own, because the service blocks its event loop while it starts.
+    """
     relay = Relay(port)
-    told: Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Queue()
+    started: Queue[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Queue()
 
     async def run() -> None:
-        over = asyncio.Event()
+        stopped = asyncio.Event()
         server = await asyncio.start_server(relay.serve, "127.0.0.1", 0)
-        told.put((asyncio.get_running_loop(), over, server.sockets[0].getsockname()[1]))
-        await over.wait()
+        started.put((asyncio.get_running_loop(), stopped, server.sockets[0].getsockname()[1]))
+        await stopped.wait()
         server.close()
 
     thread = Thread(target=asyncio.run, args=(run(),))
     thread.start()
-    loop, over, listening = told.get()
+    loop, stopped, listening_port = started.get()
     try:
-        yield relay, f"redis://127.0.0.1:{listening}/0"
+        yield relay, f"redis://127.0.0.1:{listening_port}/0"
     finally:
-        loop.call_soon_threadsafe(over.set)
+        loop.call_soon_threadsafe(stopped.set)
         thread.join()

@@ -1,5 +1,4 @@
-"""What schemathesis is told beside openapi.json: it imports the module that SCHEMATHESIS_HOOKS
-names, in a process of its own."""
+"""Hooks for schemathesis, which imports the module that SCHEMATHESIS_HOOKS names."""
 
 import json
 
@@ -10,7 +9,7 @@ from errors import ServiceError
 
 
 def filter_body(context: object, body: object) -> bool:
-    """No schema says what is visible in Unicode, so no message is tried that shows nothing."""
+    """Reject messages without visible text, which the schema cannot exclude."""
     if not (isinstance(body, dict) and isinstance(body.get("message"), str)):
         return True
     try:

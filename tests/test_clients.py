@@ -1,248 +1,197 @@
-"""Clients and stores that misbehave: each loses no more than its own answer."""
+"""Clients and stores that misbehave: each affects no response but its own."""
 
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from tests.client import JSON, Client
-from tests.faults import SESSION, ending, open_files, outcome, scene, small_client
+from tests.client import Client
+from tests.faults import (
+    SESSION,
+    connect_slow_client,
+    count_open_files,
+    get_outcome,
+    read_to_end,
+    run_scenario,
+)
 from tests.upstream import DONE, END, Connection, delta, http_chunk
 
 slow = pytest.mark.slow
-CHAT = b'{"message":"Hello","session_id":"mine"}'
+BODY = b'{"message":"Hello","session_id":"mine"}'
 
 
-def raw(body: bytes = CHAT, length: int | None = None) -> bytes:
-    """A chat request in bytes, whose body may have another length than it says."""
-    size = len(body) if length is None else length
-    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n"
+def chat_request(body: bytes = BODY, content_length: int | None = None) -> bytes:
+    """Return the bytes of a chat request. Its Content-Length may be wrong."""
+    length = len(body) if content_length is None else content_length
+    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n"
     return (head + "content-type: application/json\r\n\r\n").encode() + body
 
 
-async def silence(request: Connection) -> None:
+def chunked_request(body: bytes) -> bytes:
+    """Return the bytes of a chunked chat request, up to where its trailers begin."""
+    head = chat_request(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
+    return head + http_chunk(body) + b"0\r\n"
+
+
+async def send_nothing(request: Connection) -> None:
     await request.closed.wait()
 
 
-async def hello(request: Connection) -> None:
-    """An answer that begins and does not end."""
+async def send_one_chunk(request: Connection) -> None:
     await request.stream(delta("Hel"))
     await request.closed.wait()
 
 
-async def answer(request: Connection) -> None:
+async def complete(request: Connection) -> None:
     await request.complete("Hel", "lo")
 
 
-async def flood(request: Connection) -> None:
-    """More than all buffers on the way hold."""
-    await request.stream()
-    part = b"".join(http_chunk(delta("x" * 100)) for _ in range(200))
-    while not request.closed.is_set():
-        await request.send(part)
+async def send_a_megabyte(request: Connection) -> None:
+    """Send more than all buffers between provider and slow client can contain."""
+    await request.stream(*[delta("x" * 100)] * 10_000)
+    await request.closed.wait()
 
 
-# ---- clients that leave
+# ---- disconnects
 
-Leaving = Callable[[Client], Awaitable[None]]
+Disconnect = Callable[[Client], Awaitable[None]]
 
 
-async def resets(client: Client) -> None:
+async def reset(client: Client) -> None:
     client.disconnect()
 
 
-async def closes(client: Client) -> None:
+async def close(client: Client) -> None:
     client.writer.close()
 
 
-async def half_closes(client: Client) -> None:
+async def half_close(client: Client) -> None:
     client.writer.write_eof()
 
 
 @pytest.mark.parametrize(
-    "leaving", [resets, pytest.param(closes, marks=slow), pytest.param(half_closes)]
+    ("disconnect", "pipelined"),
+    [
+        pytest.param(reset, None, id="reset"),
+        pytest.param(close, None, id="close", marks=slow),
+        pytest.param(half_close, None, id="half_close"),
+        pytest.param(reset, "with the first", id="second_request"),
+        pytest.param(reset, "later", id="second_request_later"),
+    ],
 )
-@pytest.mark.parametrize("said", ["", "Hel"], ids=["before_the_first_piece", "in_the_middle"])
-async def test_a_client_that_leaves_ends_its_answer(leaving: Leaving, said: str) -> None:
-    async with scene(hello if said else silence) as play:
-        client = await play.app.connect()
-        client.writer.write(raw())
-        request = await play.upstream.request()
-        if said:
-            assert (await (await client.head()).event())["chunk"] == said
-        await leaving(client)
-        await request.closed.wait()
-        line = await play.line()
-        assert (line["outcome"], line["level"]) == ("client_disconnected", "info")
-        assert line["status"] == (200 if said else None)
-        assert await play.history() == ([(said, False)] if said else [])
-        await play.nothing_held()
-
-
-@pytest.mark.parametrize("later", [False, True], ids=["at_once", "later"])
-@pytest.mark.parametrize("said", ["", "Hel"], ids=["before_the_first_piece", "in_the_middle"])
-async def test_a_client_that_asked_for_more_and_leaves_ends_its_answer(
-    said: str, later: bool
+@pytest.mark.parametrize("text", ["", "Hel"], ids=["before_first_chunk", "after_first_chunk"])
+async def test_client_disconnect_closes_the_upstream_and_stores_the_text(
+    disconnect: Disconnect, pipelined: str | None, text: str
 ) -> None:
-    # Two requests pipelined; the second one is passed over.
-    async with scene(hello if said else silence, HEARTBEAT_SECONDS="3600") as play:
+    script = send_one_chunk if text else send_nothing
+    async with run_scenario(script, HEARTBEAT_SECONDS="3600") as play:
         client = await play.app.connect()
-        client.writer.write(raw() * (1 if later else 2))
-        request = await play.upstream.request()
-        if later:
-            client.writer.write(raw())
+        client.writer.write(chat_request() * (2 if pipelined == "with the first" else 1))
+        request = await play.upstream.wait_for_request()
+        if pipelined == "later":
+            client.writer.write(chat_request())
             await play.app.get("/healthz")
-        if said:
-            assert (await (await client.head()).event())["chunk"] == said
-        client.disconnect()
+        if text:
+            assert (await (await client.head()).event())["chunk"] == text
+        await disconnect(client)
         await request.closed.wait()
-        assert (await play.line())["outcome"] == "client_disconnected"
-        assert await play.history() == ([(said, False)] if said else [])
-        await play.nothing_held()
+        line = await play.wait_for_log_line()
+        assert (line["outcome"], line["level"]) == ("client_disconnected", "info")
+        assert line["status"] == (200 if text else None)
+        assert await play.read_responses() == ([(text, False)] if text else [])
+        await play.assert_nothing_held()
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["at_once", "later"])
-async def test_of_two_requests_sent_at_once_the_first_is_answered(later: bool) -> None:
-    going = asyncio.Event()
-
-    async def script(request: Connection) -> None:
-        await going.wait()
-        await request.complete("Hel", "lo")
-
-    async with scene(script) as play:
-        client = await play.app.connect()
-        client.writer.write(raw() * (1 if later else 2))
-        await play.upstream.request()
-        if later:
-            client.writer.write(raw())
-            await play.app.get("/healthz")
-        going.set()
-        told = await client.reader.read()
-        # Whoever is told to close the connection asks again on another.
-        assert b"\r\nconnection: close\r\n" in told
-        assert told.count(b"HTTP/1.1 ") == told.count(b'"status":"done"') == 1
-        assert await play.history() == [("Hello", True)]
-        assert len(play.upstream.requests) == 1
-        await play.nothing_held()
+# ---- stalled clients
 
 
-# ---- clients that are slow
-
-
-async def trickle(client: Client) -> None:
-    while await client.reader.read(1):  # noqa: ASYNC110 - it is slow, it does not wait
+async def read_slowly(client: Client) -> None:
+    while await client.reader.read(1):  # noqa: ASYNC110 - the delay is the point, not polling
         await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize(
-    "behind",
-    [b"", pytest.param(raw(), marks=slow)],
-    ids=["alone", "with_another_request_behind"],
+    "pipelined",
+    [b"", pytest.param(chat_request(), marks=slow)],
+    ids=["one_request", "two_requests"],
 )
-@pytest.mark.parametrize(
-    "reading", [False, pytest.param(True, marks=slow)], ids=["nothing", "a_byte_at_a_time"]
-)
-async def test_a_client_that_takes_nothing_is_cut(reading: bool, behind: bytes) -> None:
-    async with scene(flood, WRITE_TIMEOUT_SECONDS="0.3", HEARTBEAT_SECONDS="0.2") as play:
-        client = await small_client(play.app.url)
+@pytest.mark.parametrize("reads", [False, pytest.param(True, marks=slow)], ids=["never", "slowly"])
+async def test_client_that_does_not_read_its_stream_is_reset(reads: bool, pipelined: bytes) -> None:
+    env = {"WRITE_TIMEOUT_SECONDS": "0.3", "HEARTBEAT_SECONDS": "0.2"}
+    async with run_scenario(send_a_megabyte, **env) as play:
+        client = await connect_slow_client(play.app.url)
         play.app.clients.append(client)
-        client.writer.write(raw() + behind)
-        trickling = asyncio.ensure_future(trickle(client)) if reading else None
-        line = await play.line()
+        client.writer.write(chat_request() + pipelined)
+        reading = asyncio.ensure_future(read_slowly(client)) if reads else None
+        line = await play.wait_for_log_line()
         assert (line["outcome"], line["status"]) == ("client_stalled", 200)
-        await play.upstreams_closed()
-        [(text, complete)] = await play.history()
-        assert (len(text) > 0, complete) == (True, False)
-        await play.nothing_held()
-        if trickling:
-            trickling.cancel()
+        await play.wait_for_upstreams_closed()
+        [(text, is_complete)] = await play.read_responses()
+        assert (len(text) > 0, is_complete) == (True, False)
+        await play.assert_nothing_held()
+        if reading:
+            reading.cancel()
         client.disconnect()
 
 
 @slow
-async def test_a_client_that_takes_no_answer_is_cut_whatever_it_asked_for() -> None:
-    async with scene(answer, WRITE_TIMEOUT_SECONDS="0.3") as play:
+async def test_client_that_reads_no_response_is_reset_on_every_route() -> None:
+    async with run_scenario(complete, WRITE_TIMEOUT_SECONDS="0.3") as play:
         other = await play.app.connect()
-        client = await small_client(play.app.url)
+        client = await connect_slow_client(play.app.url)
         play.app.clients.append(client)
         await (await other.request("GET", "/healthz")).body()
-        held = open_files()
+        before = count_open_files()
         sent = 0
-        while open_files() == held:
-            # One after the other, until one is not taken.
+        while count_open_files() == before:
+            # The next request follows when the server has sent the previous response.
             lines = play.app.log.requests()
             if sum(line["route"] == "/openapi.json" for line in lines) == sent:
                 client.writer.write(b"GET /openapi.json HTTP/1.1\r\n\r\n")
                 sent += 1
             await (await other.request("GET", "/healthz")).body()
-        assert open_files() == held - 1
+        assert count_open_files() == before - 1
 
 
-# ---- bodies
+# ---- request bodies
 
 
 @pytest.mark.parametrize(
-    ("body", "length"),
-    [(b"", 10), pytest.param(CHAT[:5], 40, marks=slow)],
-    ids=["nothing", "half"],
+    ("body", "content_length", "trickles"),
+    [
+        pytest.param(b"", 10, False, id="no_body"),
+        pytest.param(BODY[:5], 40, False, id="half_a_body", marks=slow),
+        pytest.param(b"", 10_000, True, id="one_byte_at_a_time"),
+    ],
 )
-async def test_a_body_that_does_not_arrive_is_answered_408(body: bytes, length: int) -> None:
-    async with scene(answer, BODY_TIMEOUT_SECONDS="0.2") as play:
+async def test_body_that_does_not_arrive_in_time_returns_408(
+    body: bytes, content_length: int, trickles: bool
+) -> None:
+    async with run_scenario(complete, BODY_TIMEOUT_SECONDS="0.2") as play:
         client = await play.app.connect()
-        client.writer.write(raw(body, length))
-        reply = await client.head()
-        assert (reply.status, reply.headers["connection"]) == (408, "close")
-        assert outcome((await ending(reply))[1]) == "request_timeout"
-        await client.closed()
-        assert (await play.line())["outcome"] == "request_timeout"
-        assert play.upstream.requests == []
-        await play.nothing_held()
+        client.writer.write(chat_request(body, content_length))
 
-
-async def test_a_body_in_drips_is_answered_408() -> None:
-    async with scene(answer, BODY_TIMEOUT_SECONDS="0.3") as play:
-        client = await play.app.connect()
-        client.writer.write(raw(b"", 10_000))
-
-        async def drip() -> None:
+        async def trickle() -> None:
             while True:
                 client.writer.write(b" ")
                 await asyncio.sleep(0.01)
 
-        dripping = asyncio.ensure_future(drip())
-        assert outcome((await ending(await client.head()))[1]) == "request_timeout"
-        dripping.cancel()
-        assert (await play.line())["outcome"] == "request_timeout"
-        await play.nothing_held()
+        trickling = asyncio.ensure_future(trickle()) if trickles else None
+        reply = await client.head()
+        if trickling:
+            trickling.cancel()
+        assert reply.headers["connection"] == "close"
+        assert await reply.status_and_code() == (408, "request_timeout")
+        await client.wait_closed()
+        assert (await play.wait_for_log_line())["outcome"] == "request_timeout"
+        assert play.upstream.requests == []
+        await play.assert_nothing_held()
 
 
-async def test_a_request_without_a_body_is_answered_400() -> None:
-    async with scene(answer) as play:
-        reply = await (await play.app.connect()).request("POST", "/api/v1/chat", None, JSON)
-        assert outcome((await ending(reply))[1]) == "invalid_json"
-        assert (await play.line())["outcome"] == "invalid_json"
-        await play.nothing_held()
-
-
-async def test_a_client_that_leaves_in_its_body_is_gone() -> None:
-    async with scene(answer) as play:
-        client = await play.app.connect()
-        client.writer.write(raw(CHAT[:5], 100))
-        while not await play.app.metric("chat_active_streams"):
-            pass
-        client.disconnect()
-        assert (await play.line())["outcome"] == "client_disconnected"
-        await play.nothing_held()
-
-
-# ---- more than a request
-
-TRAILERS = (
-    raw(b"").replace(b"content-length: 0", b"transfer-encoding: chunked") + b"1\r\n{\r\n0\r\n"
-)
+# ---- HTTP framing
 
 
 @pytest.mark.parametrize(
@@ -250,86 +199,101 @@ TRAILERS = (
     [
         pytest.param(b"GET /", id="target"),
         pytest.param(b"GET /healthz HTTP/1.1\r\nx: ", id="header"),
-        pytest.param(TRAILERS + b"x: ", id="trailer", marks=slow),
+        pytest.param(chunked_request(b"{") + b"x: ", id="trailer", marks=slow),
     ],
 )
-async def test_a_head_that_does_not_end_is_refused(opening: bytes) -> None:
-    async with scene(answer) as play:
+async def test_request_head_over_64_kib_returns_400(opening: bytes) -> None:
+    async with run_scenario(complete) as play:
         client = await play.app.connect()
         client.writer.write(opening)
         await play.app.get("/healthz")
         client.writer.write(b"x" * (2**16 + 1))
-        told = await client.reader.read()
-        assert told.startswith(b"HTTP/1.1 400 Bad Request\r\n")
-        assert told.endswith(b"The head of this request is too large.")
+        received = await client.reader.read()
+        assert received.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert received.endswith(b"The head of this request is too large.")
         assert play.upstream.requests == []
-        await play.nothing_held()
+        await play.assert_nothing_held()
+
+
+async def test_trailers_do_not_count_as_headers() -> None:
+    # Otherwise a client of a trusted proxy could choose the address that is rate limited.
+    async with run_scenario(complete, FORWARDED_ALLOW_IPS="127.0.0.1") as play:
+        client = await play.app.connect()
+        client.writer.write(chunked_request(BODY) + b"x-forwarded-for: 9.9.9.9\r\n\r\n")
+        assert get_outcome((await read_to_end(await client.head()))[1]) == "done"
+        assert (await play.wait_for_log_line())["caller"] == "127.0.0.0/24"
 
 
 @pytest.mark.parametrize(
-    "behind",
+    "data",
     [
-        pytest.param(b"GET /healthz HTTP/1.1\r\n\r\n" * 17, id="requests"),
-        pytest.param(raw(b"x" * 2**20), id="a_body"),
-        pytest.param(b"Hello?\r\n\r\n", id="no_request", marks=slow),
+        pytest.param(chat_request(), id="request"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\n\r\n" * 17, id="many_requests"),
+        pytest.param(chat_request(b"x" * 2**20), id="large_body"),
+        pytest.param(b"Hello?\r\n\r\n", id="not_http", marks=slow),
     ],
 )
-async def test_of_what_comes_behind_an_answer_nothing_is_told_in_its_middle(behind: bytes) -> None:
-    going = asyncio.Event()
+@pytest.mark.parametrize("when", ["with the request", "before the response", "during the response"])
+async def test_data_behind_a_request_is_ignored_until_its_response_ends(
+    data: bytes, when: str
+) -> None:
+    starting, ending = asyncio.Event(), asyncio.Event()
 
     async def script(request: Connection) -> None:
+        await starting.wait()
         await request.stream(delta("Hel"))
-        await going.wait()
-        await request.more(delta("lo"), delta(finish_reason="stop"), DONE)
+        await ending.wait()
+        await request.send_events(delta("lo"), delta(finish_reason="stop"), DONE)
         await request.send(END)
 
-    async with scene(script) as play:
+    async with run_scenario(script) as play:
         client = await play.app.connect()
-        client.writer.write(raw())
+
+        async def send_data() -> None:
+            client.writer.write(data)
+            await client.writer.drain()
+            await play.app.get("/healthz")
+
+        client.writer.write(chat_request() + (data if when == "with the request" else b""))
+        await play.upstream.wait_for_request()
+        if when == "before the response":
+            await send_data()
+        starting.set()
         reply = await client.head()
         assert (await reply.event())["chunk"] == "Hel"
-        client.writer.write(behind)
-        await client.writer.drain()
-        await play.app.get("/healthz")
-        going.set()
-        told = await client.reader.read()
-        assert b"HTTP" not in told
-        assert told.count(b'"status":"done"') == 1
-        assert (await play.line())["outcome"] == "done"
-        assert await play.history() == [("Hello", True)]
-        await play.nothing_held()
+        if when == "during the response":
+            await send_data()
+        else:
+            # The client sends its other request again on another connection.
+            assert reply.headers["connection"] == "close"
+        ending.set()
+        received = await client.reader.read()
+        assert b"HTTP" not in received
+        assert received.count(b'"status":"done"') == 1
+        assert (await play.wait_for_log_line())["outcome"] == "done"
+        assert await play.read_responses() == [("Hello", True)]
+        assert len(play.upstream.requests) == 1
+        await play.assert_nothing_held()
 
 
-async def test_trailers_are_no_headers() -> None:
-    # Or one behind a trusted proxy could name the address by which it is limited.
-    async with scene(answer, FORWARDED_ALLOW_IPS="127.0.0.1") as play:
+# ---- session locks and stores
+
+
+async def test_second_request_in_a_session_returns_409_until_the_first_ends() -> None:
+    async with run_scenario(send_one_chunk) as play:
         client = await play.app.connect()
-        head = raw(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
-        body = b"%x\r\n%b\r\n0\r\n" % (len(CHAT), CHAT)
-        client.writer.write(head + body + b"x-forwarded-for: 9.9.9.9\r\n\r\n")
-        assert outcome((await ending(await client.head()))[1]) == "done"
-        assert (await play.line())["caller"] == "127.0.0.0/24"
-
-
-# ---- the session's lock, and its store
-
-
-async def test_one_session_has_one_answer_at_a_time_and_is_not_deleted_meanwhile() -> None:
-    async with scene(hello) as play:
-        client = await play.app.connect()
-        reply = await client.chat(session_id=SESSION)
-        await reply.event()
-        second = await play.request()
-        assert (second.status, second.headers["retry-after"]) == (409, "1")
-        assert outcome((await ending(second))[1]) == "session_busy"
-        deleting = await (await play.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
-        assert outcome((await ending(deleting))[1]) == "session_busy"
+        await (await client.chat(session_id=SESSION)).event()
+        second = await play.chat()
+        assert second.headers["retry-after"] == "1"
+        assert await second.status_and_code() == (409, "session_busy")
+        delete = await (await play.app.connect()).request("DELETE", f"/api/v1/sessions/{SESSION}")
+        assert await delete.status_and_code() == (409, "session_busy")
         assert len(play.upstream.requests) == 1
         client.disconnect()
-        outcomes = {(await play.line(number))["outcome"] for number in (0, 1)}
+        outcomes = {(await play.wait_for_log_line(number))["outcome"] for number in (0, 1)}
         assert outcomes == {"client_disconnected", "session_busy"}
-        assert await play.history() == [("Hel", False)]
-        await play.nothing_held()
+        assert await play.read_responses() == [("Hel", False)]
+        await play.assert_nothing_held()
 
 
 @pytest.fixture
@@ -338,8 +302,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def held(file: Path) -> Iterator[None]:
-    """Another process writes to the file, and takes its time."""
+def locked(file: Path) -> Iterator[None]:
+    """Lock the database, as another process that writes to it does."""
     db = sqlite3.connect(file, isolation_level=None)
     try:
         db.execute("BEGIN EXCLUSIVE")
@@ -349,104 +313,109 @@ def held(file: Path) -> Iterator[None]:
         db.close()
 
 
-async def test_a_store_that_can_not_open_a_session_is_answered_503(file: Path) -> None:
-    async with scene(answer, STATE_URL=f"sqlite:///{file}") as play:
-        with held(file):
-            reply = await play.request()
-            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
-            assert outcome((await ending(reply))[1]) == "state_unavailable"
-            assert (await play.line())["outcome"] == "state_unavailable"
+async def test_store_that_cannot_open_a_session_returns_503(file: Path) -> None:
+    async with run_scenario(complete, STATE_URL=f"sqlite:///{file}") as play:
+        with locked(file):
+            reply = await play.chat()
+            assert reply.headers["retry-after"] == "1"
+            assert await reply.status_and_code() == (503, "state_unavailable")
+            assert (await play.wait_for_log_line())["outcome"] == "state_unavailable"
             assert play.upstream.requests == []
             assert await play.app.metric("chat_active_streams") == 0
-        assert outcome((await ending(await play.request()))[1]) == "done"
-        await play.nothing_held()
+        assert get_outcome((await read_to_end(await play.chat()))[1]) == "done"
+        await play.assert_nothing_held()
 
 
-@pytest.mark.parametrize("said", ["Hel", pytest.param("", marks=slow)], ids=["text", "no_text"])
-async def test_a_store_that_can_not_append_a_turn_says_so_in_the_end(file: Path, said: str) -> None:
-    going = asyncio.Event()
+@pytest.mark.parametrize("text", ["Hel", pytest.param("", marks=slow)], ids=["text", "no_text"])
+async def test_store_that_cannot_store_a_turn_ends_it_with_state_unavailable(
+    file: Path, text: str
+) -> None:
+    ending = asyncio.Event()
 
     async def script(request: Connection) -> None:
-        await request.stream(*([delta("Hel")] if said else []))
-        await going.wait()
-        await request.more(delta(finish_reason="stop"), DONE)
+        await request.stream(*([delta("Hel")] if text else []))
+        await ending.wait()
+        await request.send_events(delta(finish_reason="stop"), DONE)
         await request.send(END)
 
-    # Without text there is a session to be stored only where it is new and of our own naming.
-    fields = {"session_id": SESSION if said else None}
-    env = {"STATE_URL": f"sqlite:///{file}"}
-    async with scene(script, **env) as play:
-        asking = asyncio.ensure_future(play.request(**fields))
-        await play.upstream.request()
-        with held(file):
-            going.set()
-            reply = await asking
-            text, last = await ending(reply)
-            assert (text, outcome(last)) == (said, "state_unavailable")
-            assert reply.status == (200 if said else 503)
-            line = await play.line()
+    # Without text, only a new session that the service named is stored.
+    fields = {"session_id": SESSION if text else None}
+    async with run_scenario(script, STATE_URL=f"sqlite:///{file}") as play:
+        chatting = asyncio.ensure_future(play.chat(**fields))
+        await play.upstream.wait_for_request()
+        with locked(file):
+            ending.set()
+            reply = await chatting
+            received, last = await read_to_end(reply)
+            assert (received, get_outcome(last)) == (text, "state_unavailable")
+            assert reply.status == (200 if text else 503)
+            line = await play.wait_for_log_line()
             assert line["outcome"] == "state_unavailable"
-            # The provider did its part.
+            # The provider did not fail.
             assert [attempt["error"] for attempt in line["attempts"]] == [None]
-        assert await play.history() == []
-        await play.nothing_held()
+        assert await play.read_responses() == []
+        await play.assert_nothing_held()
 
 
-async def test_a_turn_is_kept_whole_when_its_client_leaves_while_it_is_stored(file: Path) -> None:
-    going = asyncio.Event()
+async def test_turn_stays_complete_when_client_disconnects_while_it_is_stored(file: Path) -> None:
+    ending = asyncio.Event()
 
     async def script(request: Connection) -> None:
         await request.stream(delta("Hel"))
-        await going.wait()
-        await request.more(delta(finish_reason="stop"), DONE)
+        await ending.wait()
+        await request.send_events(delta(finish_reason="stop"), DONE)
         await request.closed.wait()
 
-    async with scene(script, STATE_URL=f"sqlite:///{file}") as play:
+    async with run_scenario(script, STATE_URL=f"sqlite:///{file}") as play:
         client = await play.app.connect()
-        reply = await client.chat(session_id=SESSION)
-        await reply.event()
-        with held(file):
-            going.set()
-            await (await play.upstream.request()).closed.wait()
+        await (await client.chat(session_id=SESSION)).event()
+        with locked(file):
+            ending.set()
+            await (await play.upstream.wait_for_request()).closed.wait()
             client.disconnect()
-            await client.closed()
-        assert (await play.line())["outcome"] == "client_disconnected"
-        assert await play.history() == [("Hel", True)]
-        await play.nothing_held()
+            await client.wait_closed()
+        assert (await play.wait_for_log_line())["outcome"] == "client_disconnected"
+        assert await play.read_responses() == [("Hel", True)]
+        await play.assert_nothing_held()
 
 
-async def test_a_client_that_leaves_while_its_session_is_opened_gives_it_back(file: Path) -> None:
-    async with scene(silence, STATE_URL=f"sqlite:///{file}") as play:
+@pytest.mark.parametrize(
+    ("data", "lock"),
+    [(chat_request(BODY[:5], 100), nullcontext), (chat_request(), locked)],
+    ids=["while_it_sends_its_body", "while_its_session_is_opened"],
+)
+async def test_client_disconnect_releases_slot_and_session(
+    data: bytes, lock: Callable[[Path], AbstractContextManager[None]], file: Path
+) -> None:
+    async with run_scenario(send_nothing, STATE_URL=f"sqlite:///{file}") as play:
         client = await play.app.connect()
-        with held(file):
-            client.writer.write(raw())
+        with lock(file):
+            client.writer.write(data)
             while not await play.app.metric("chat_active_streams"):
                 pass
             client.disconnect()
-            await client.closed()
-        assert (await play.line())["outcome"] == "client_disconnected"
-        await play.upstreams_closed()
-        assert await play.history() == []
-        await play.nothing_held()
+            await client.wait_closed()
+        assert (await play.wait_for_log_line())["outcome"] == "client_disconnected"
+        await play.wait_for_upstreams_closed()
+        assert await play.read_responses() == []
+        await play.assert_nothing_held()
 
 
-@pytest.mark.slow
-async def test_no_session_stays_locked_when_many_could_not_be_stored(file: Path) -> None:
-    # Each waits a second for the file, one after the other: longer than an ending may take.
+@slow
+async def test_sessions_are_released_when_their_turns_cannot_be_stored(file: Path) -> None:
+    # Each waits 1 s for the database, one after the other: longer than finishing may take.
     names = [f"mine-{number}" for number in range(8)]
-    async with scene(hello, STATE_URL=f"sqlite:///{file}") as play:
+    async with run_scenario(send_one_chunk, STATE_URL=f"sqlite:///{file}") as play:
         clients = [await play.app.connect() for _ in names]
         for client, name in zip(clients, names, strict=True):
             await (await client.chat(session_id=name)).event()
-        with held(file):
+        with locked(file):
             for client in clients:
                 client.disconnect()
             for number in range(len(names)):
-                await play.line(number)
-        asker = await play.app.connect()
-        deleted = []
+                await play.wait_for_log_line(number)
+        other = await play.app.connect()
         for name in names:
-            reply = await asker.request("DELETE", f"/api/v1/sessions/{name}")
+            reply = await other.request("DELETE", f"/api/v1/sessions/{name}")
             await reply.body()
-            deleted.append(reply.status)
-        assert deleted == [204] * len(names)
+            assert reply.status == 204

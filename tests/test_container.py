@@ -1,7 +1,6 @@
-"""The promises of the image: what deploy/Dockerfile builds is run as Docker, Compose and Kubernetes
-would run it, in namespaces.
+"""The image that deploy/Dockerfile builds, run in namespaces as Docker and Kubernetes would run it.
 
-As root on Linux, with debootstrap, bubblewrap, openssl and faketime.
+This needs root on Linux, debootstrap, bubblewrap, openssl and faketime.
 """
 
 import asyncio
@@ -31,11 +30,11 @@ from tests.container import (
     Container,
     Image,
     build,
+    fail_to_start,
     make_base,
-    refused,
     running,
 )
-from tests.faults import ending, outcome, settings
+from tests.faults import get_outcome, provider_env, read_to_end
 from tests.test_deploy import COMPOSE, compose_sidecar, pod_sidecar
 from tests.upstream import DONE, END, Connection, delta, running_upstream
 
@@ -45,8 +44,8 @@ PROGRAMS = ("debootstrap", "bwrap", "nsenter", "unshare", "openssl", "faketime")
 STREAMS = 200
 
 
-def missing() -> str:
-    """What this machine lacks for these tests."""
+def missing_requirement() -> str:
+    """Return what this machine lacks for these tests."""
     programs = [program for program in PROGRAMS if shutil.which(program) is None]
     if sys.platform != "linux" or os.geteuid() != 0:
         return "they need root on Linux"
@@ -57,11 +56,11 @@ def missing() -> str:
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[Image]:
-    """What the Dockerfile builds."""
-    if lack := missing():
-        assert os.environ.get("CI") != "true", lack
-        pytest.skip(lack)
-    # A test's minute is not enough for Debian; each step of the build has a limit of its own.
+    """Build the image once for all tests."""
+    if reason := missing_requirement():
+        assert os.environ.get("CI") != "true", reason
+        pytest.skip(reason)
+    # Installing Debian takes longer than a test may. Each build step has its own limit.
     faulthandler.cancel_dump_traceback_later()
     with TemporaryDirectory() as directory:
         base = Path(directory) / "base"
@@ -71,7 +70,7 @@ def image() -> Iterator[Image]:
 
 @pytest.fixture
 def data(image: Image, tmp_path: Path) -> Path:
-    """A new volume: engines copy what the image has in its place, and whose it is."""
+    """Create a volume as engines do: with the content and the owner of the image's directory."""
     target = tmp_path / "data"
     shutil.copytree(image.root / "data", target)
     owner = (image.root / "data").stat()
@@ -80,15 +79,15 @@ def data(image: Image, tmp_path: Path) -> Path:
 
 
 @dataclass
-class Held:
-    """A provider whose answers begin, and end when they are let go."""
+class PausedProvider:
+    """A provider that sends one chunk, and the rest after `resume` is set."""
 
-    go: asyncio.Event = field(default_factory=asyncio.Event)
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def script(self, request: Connection) -> None:
         await request.stream(delta("Hel"))
-        await self.go.wait()
-        await request.more(delta("lo"), delta(finish_reason="stop"), DONE)
+        await self.resume.wait()
+        await request.send_events(delta("lo"), delta(finish_reason="stop"), DONE)
         await request.send(END)
 
 
@@ -96,27 +95,27 @@ async def hello(request: Connection) -> None:
     await request.complete("Hel", "lo")
 
 
-async def ask(container: Container, session_id: str = "demo") -> Response:
+async def chat(container: Container, session_id: str = "demo") -> Response:
     return await (await container.connect()).chat("Hi", session_id=session_id)
 
 
-async def asked(container: Container) -> tuple[str, str]:
-    """The text of an answer, and how it ended."""
-    text, last = await ending(await ask(container))
-    return text, outcome(last)
+async def chat_to_end(container: Container) -> tuple[str, str]:
+    """Return the text and the outcome of a stream."""
+    text, last = await read_to_end(await chat(container))
+    return text, get_outcome(last)
 
 
 async def get(container: Container, path: str) -> Response:
     return await (await container.connect()).request("GET", path)
 
 
-# ---- what is in it, and what it may do
+# ---- contents and privileges
 
 
-def test_the_image_holds_nothing_to_build_or_install_with(image: Image) -> None:
+def test_image_has_no_compiler_and_no_installer(image: Image) -> None:
     base = image.labels["org.opencontainers.image.base.name"]
     python = (image.root / "usr" / "bin" / "python3").readlink()
-    # Tried on what it is meant for.
+    # The tests use the Debian and Python of the base image.
     assert base == f"python:{str(python).removeprefix('python')}-slim-{SUITE}"
     places = [image.root / place[1:] for place in image.env["PATH"].split(":")]
     programs = {path.name for place in places for path in place.iterdir()}
@@ -131,7 +130,7 @@ def test_the_image_holds_nothing_to_build_or_install_with(image: Image) -> None:
     }
 
 
-async def test_the_service_has_no_rights_and_no_place_to_write_but_its_volume(
+async def test_service_has_no_privileges_and_can_write_only_to_its_volume(
     image: Image, data: Path
 ) -> None:
     async with running(image, data, {}) as container:
@@ -142,15 +141,17 @@ async def test_the_service_has_no_rights_and_no_place_to_write_but_its_volume(
         assert status["NoNewPrivs"] == ["1"]
         capabilities = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
         assert {int(status[name][0], 16) for name in capabilities} == {0}
-        look = (
+        writable = (
             "import os, stat;"
             "print(*(path for path, _, _ in os.walk('/')"
             " if not path.startswith('/proc/') and os.access(path, os.W_OK)))"
         )
-        assert await container.execute("python", "-c", look) == (0, "/data\n")
-        code, said = await container.execute("python", "-c", "import tempfile; tempfile.mkstemp()")
-        assert (code, "No usable temporary directory" in said) == (1, True)
-        assert (await asked(container))[1] == "done"
+        assert await container.execute("python", "-c", writable) == (0, "/data\n")
+        code, output = await container.execute(
+            "python", "-c", "import tempfile; tempfile.mkstemp()"
+        )
+        assert (code, "No usable temporary directory" in output) == (1, True)
+        assert (await chat_to_end(container))[1] == "done"
 
 
 def process_status(pid: int) -> dict[str, list[str]]:
@@ -159,113 +160,111 @@ def process_status(pid: int) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("env", "reason"),
+    ("env", "name"),
     [
-        ({"OPENAI_API_KEY": "sk-1", "SSL_CERT_FILE": "/no/ca.pem"}, "SSL_CERT_FILE can't be used"),
-        ({"OPENAI_API_KEY": "sk-1", "HTTPS_PROXY": "socks5://a"}, "HTTPS_PROXY is not an http"),
-        ({"OPENAI_API_KEY_FILE": "/run/secrets/key"}, "OPENAI_API_KEY_FILE='/run/secrets/key' can"),
-        ({"DEFAULT_PROVIDER": "openai"}, "DEFAULT_PROVIDER=openai needs OPENAI_API_KEY"),
-        ({"STATE_URL": "sqlite:////app/chat.db"}, "STATE_URL: /app/chat.db can't be used"),
-        ({"OPENAI_API_KEY": "sk-1", "PORT": "80"}, "HOST='0.0.0.0', PORT=80: "),
+        ({"OPENAI_API_KEY": "sk-1", "SSL_CERT_FILE": "/no/ca.pem"}, "SSL_CERT_FILE"),
+        ({"OPENAI_API_KEY": "sk-1", "HTTPS_PROXY": "socks5://a"}, "HTTPS_PROXY"),
+        ({"OPENAI_API_KEY_FILE": "/run/secrets/key"}, "OPENAI_API_KEY_FILE"),
+        ({"DEFAULT_PROVIDER": "openai"}, "OPENAI_API_KEY"),
+        ({"STATE_URL": "sqlite:////app/chat.db"}, "STATE_URL"),
+        ({"OPENAI_API_KEY": "sk-1", "PORT": "80"}, "PORT=80"),
     ],
 )
-async def test_what_keeps_it_from_starting_is_said_in_one_line(
-    image: Image, data: Path, env: dict[str, str], reason: str
+async def test_invalid_configuration_is_one_line_and_status_2(
+    image: Image, data: Path, env: dict[str, str], name: str
 ) -> None:
-    code, said = await refused(image, data, env)
+    code, output = await fail_to_start(image, data, env)
     assert code == 2
-    assert said.startswith(f"chat-sidecar can't start: {reason}")
-    assert said.count("\n") == 1
+    assert output.startswith("Invalid configuration: ")
+    assert name in output
+    assert output.count("\n") == 1
 
 
-async def test_a_volume_that_is_not_its_own_keeps_it_from_starting(
-    image: Image, data: Path
-) -> None:
+async def test_volume_of_another_user_stops_the_start(image: Image, data: Path) -> None:
     os.chown(data, 0, 0)
-    code, said = await refused(image, data, {})
+    code, output = await fail_to_start(image, data, {})
     assert code == 2
-    assert said.startswith("chat-sidecar can't start: STATE_URL: /data/chat.db can't be used")
-    assert said.count("\n") == 1
+    assert output.startswith("Invalid configuration: STATE_URL")
+    assert "/data/chat.db" in output
+    assert output.count("\n") == 1
 
 
-# ---- how it is run
+# ---- running
 
 
-async def test_the_health_check_tells_whether_it_is_ready(image: Image, data: Path) -> None:
-    held = Held()
+async def test_health_check_fails_during_shutdown(image: Image, data: Path) -> None:
+    provider = PausedProvider()
     async with (
-        running_upstream(held.script) as upstream,
-        running(image, data, settings(upstream.url)) as container,
+        running_upstream(provider.script) as upstream,
+        running(image, data, provider_env(upstream.url)) as container,
     ):
         assert await container.execute(*image.healthcheck) == (0, "")
-        reply = await ask(container)
+        response = await chat(container)
         container.stop()
-        await container.line("Stopping")
-        code, said = await container.execute(*image.healthcheck)
+        await container.wait_for_event("Shutting down")
+        code, output = await container.execute(*image.healthcheck)
         assert code == 1
-        assert said.startswith("Not ready")
-        held.go.set()
-        assert outcome((await ending(reply))[1]) == "done"
-        assert await container.ended() == 0
+        assert output.startswith("Not ready")
+        provider.resume.set()
+        assert get_outcome((await read_to_end(response))[1]) == "done"
+        assert await container.wait() == 0
 
 
-async def test_200_answers_at_once_and_a_health_check_fit_into_128_mib(
-    image: Image, data: Path
-) -> None:
-    held = Held()
+async def test_200_streams_and_a_health_check_fit_into_128_mib(image: Image, data: Path) -> None:
+    provider = PausedProvider()
     env = {"MAX_STREAMS_PER_CALLER": str(STREAMS)}
     async with (
-        running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, memory=128 * MIB) as container,
+        running_upstream(provider.script) as upstream,
+        running(image, data, {**provider_env(upstream.url), **env}, memory=128 * MIB) as container,
     ):
-        replies = [await ask(container, f"demo-{number}") for number in range(STREAMS)]
-        assert [(await reply.event())["chunk"] for reply in replies] == ["Hel"] * STREAMS
+        responses = [await chat(container, f"demo-{number}") for number in range(STREAMS)]
+        assert [(await response.event())["chunk"] for response in responses] == ["Hel"] * STREAMS
         assert await container.execute(*image.healthcheck) == (0, "")
-        held.go.set()
-        assert {(await reply.events())[-1]["status"] for reply in replies} == {"done"}
+        provider.resume.set()
+        assert {(await response.events())[-1]["status"] for response in responses} == {"done"}
         assert "oom_kill 0" in (container.group / "memory.oom_control").read_text().splitlines()
 
 
-async def test_told_to_stop_it_ends_an_open_answer_with_a_word_and_itself_with_0(
+async def test_sigterm_ends_streams_with_shutting_down_and_the_process_with_0(
     image: Image, data: Path
 ) -> None:
     env = {"DRAIN_SECONDS": "0.1"}
     async with (
-        running_upstream(Held().script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}) as container,
+        running_upstream(PausedProvider().script) as upstream,
+        running(image, data, {**provider_env(upstream.url), **env}) as container,
     ):
-        reply = await ask(container)
-        assert (await reply.event())["chunk"] == "Hel"
+        response = await chat(container)
+        assert (await response.event())["chunk"] == "Hel"
         container.stop()
-        text, last = await ending(reply)
-        assert (text, outcome(last)) == ("", "shutting_down")
-        assert await container.ended() == 0
-        assert container.log[-1]["event"] == "Stopped"
+        text, last = await read_to_end(response)
+        assert (text, get_outcome(last)) == ("", "shutting_down")
+        assert await container.wait() == 0
+        assert container.log[-1]["event"] == "Shut down"
 
 
-async def test_conversations_outlive_it_also_on_a_machine_that_has_just_been_switched_on(
+async def test_sessions_survive_a_restart_that_resets_the_monotonic_clock(
     image: Image, data: Path
 ) -> None:
     async with running_upstream(hello) as upstream:
-        env = settings(upstream.url)
-        years = ("--monotonic", "100000000", "--boottime", "100000000")
-        async with running(image, data, env, clock=years) as container:
-            assert await asked(container) == ("Hello", "done")
+        env = provider_env(upstream.url)
+        years_of_uptime = ("--monotonic", "100000000", "--boottime", "100000000")
+        async with running(image, data, env, clock=years_of_uptime) as container:
+            assert await chat_to_end(container) == ("Hello", "done")
             container.stop()
-            assert await container.ended() == 0
+            assert await container.wait() == 0
         async with running(image, data, env) as container:
-            assert await asked(container) == ("Hello", "done")
+            assert await chat_to_end(container) == ("Hello", "done")
         assert len(upstream.requests[1].body["messages"]) == 3
 
 
 @dataclass
 class Clock:
-    """A time that can be moved under a running process, by libfaketime."""
+    """Changes the clock of a running process, by libfaketime."""
 
     directory: Path
     env: dict[str, str]
 
-    def show(self, offset: str) -> None:
+    def set(self, offset: str) -> None:
         new = self.directory / "new"
         new.write_text(offset, encoding="ascii")
         new.chmod(0o644)
@@ -285,59 +284,63 @@ def clock(tmp_path: Path) -> Clock:
         "FAKETIME_NO_CACHE": "1",
     }
     clock = Clock(directory, env)
-    clock.show("+0")
+    clock.set("+0")
     return clock
 
 
-async def test_a_wall_clock_that_jumps_ends_sessions_and_nothing_else(
+async def test_wall_clock_jump_affects_only_the_expiry_of_sessions(
     image: Image, data: Path, clock: Clock
 ) -> None:
-    held = Held()
+    provider = PausedProvider()
     env = {"RATE_LIMIT": "4/day", "FAKETIME_DONT_FAKE_MONOTONIC": "1", **clock.env}
     async with (
-        running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, {"/mnt": clock.directory}) as app,
+        running_upstream(provider.script) as upstream,
+        running(
+            image, data, {**provider_env(upstream.url), **env}, {"/mnt": clock.directory}
+        ) as app,
     ):
-        reply = await ask(app)
-        assert (await reply.event())["chunk"] == "Hel"
-        clock.show("+2d")
-        held.go.set()
-        assert (await ending(reply))[0] == "lo"
-        # It was stored after the jump, so it lives on from there.
+        response = await chat(app)
+        assert (await response.event())["chunk"] == "Hel"
+        clock.set("+2d")
+        provider.resume.set()
+        assert (await read_to_end(response))[0] == "lo"
+        # The turn was stored after the jump, so the session expires a day after that.
         assert (await get(app, "/api/v1/sessions/demo")).status == 200
-        clock.show("+4d")
+        clock.set("+4d")
         assert (await get(app, "/api/v1/sessions/demo")).status == 404
-        clock.show("-2d")
-        assert await asked(app) == ("Hello", "done")
-        # No token came back in those days.
-        assert (await ask(app)).status == 429
+        clock.set("-2d")
+        assert await chat_to_end(app) == ("Hello", "done")
+        # The rate limit uses the monotonic clock, so no token was added.
+        assert (await chat(app)).status == 429
 
 
-async def test_a_monotonic_clock_that_jumps_ends_answers_truly_and_gives_tokens_back(
+async def test_monotonic_clock_jump_times_out_streams_and_refills_the_rate_limit(
     image: Image, data: Path, clock: Clock
 ) -> None:
-    held = Held()
+    provider = PausedProvider()
     env = {"RATE_LIMIT": "1/hour", **clock.env}
     async with (
-        running_upstream(held.script) as upstream,
-        running(image, data, {**settings(upstream.url), **env}, {"/mnt": clock.directory}) as app,
+        running_upstream(provider.script) as upstream,
+        running(
+            image, data, {**provider_env(upstream.url), **env}, {"/mnt": clock.directory}
+        ) as app,
     ):
-        reply = await ask(app)
-        assert (await reply.event())["chunk"] == "Hel"
-        assert (await ask(app)).status == 429
-        clock.show("+2h")
+        response = await chat(app)
+        assert (await response.event())["chunk"] == "Hel"
+        assert (await chat(app)).status == 429
+        clock.set("+2h")
         assert (await get(app, "/healthz")).status == 200
-        assert outcome((await ending(reply))[1]) == "upstream_timeout"
-        held.go.set()
-        assert await asked(app) == ("Hello", "done")
+        assert get_outcome((await read_to_end(response))[1]) == "upstream_timeout"
+        provider.resume.set()
+        assert await chat_to_end(app) == ("Hello", "done")
 
 
-# ---- the way to the provider
+# ---- proxies and certificates
 
 
 @dataclass(frozen=True)
 class Authority:
-    """A private certificate authority, and the certificate of the provider that it signed."""
+    """A private certificate authority, and a server context with a certificate that it signed."""
 
     certificate: Path
     tls: ssl.SSLContext
@@ -348,9 +351,9 @@ async def authority(tmp_path: Path) -> Authority:
     names = ("ca.pem", "ca.key", "provider.pem", "provider.key")
     ca, ca_key, provider, key = (str(tmp_path / name) for name in names)
     new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
-    # Python 3.13 asks of an authority that it says what its key is for (RFC 5280, 4.2.1.3).
-    signs = ["-subj", "/CN=Private", "-addext", "keyUsage=critical,keyCertSign"]
-    await anyio.run_process([*new, "-out", ca, "-keyout", ca_key, *signs])
+    # Python 3.13 requires that an authority's certificate has a keyUsage (RFC 5280, 4.2.1.3).
+    usage = ["-subj", "/CN=Private", "-addext", "keyUsage=critical,keyCertSign"]
+    await anyio.run_process([*new, "-out", ca, "-keyout", ca_key, *usage])
     signed = ["-CA", ca, "-CAkey", ca_key, "-subj", "/CN=provider.test"]
     signed += [
         "-addext",
@@ -366,11 +369,13 @@ async def authority(tmp_path: Path) -> Authority:
 
 @asynccontextmanager
 async def tunnel(port: int) -> AsyncIterator[tuple[str, list[str]]]:
-    """A proxy that takes CONNECT, and leads to `port` whatever name it is asked for; its address,
-    and those names."""
+    """Run a proxy for CONNECT that always connects to `port`.
+
+    Yield its URL and the list of requested names.
+    """
     names: list[str] = []
 
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(65536):
                 writer.write(data)
@@ -384,29 +389,29 @@ async def tunnel(port: int) -> AsyncIterator[tuple[str, list[str]]]:
         names.append(name)
         there, back = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
-        await asyncio.gather(pass_on(reader, back), pass_on(there, writer))
+        await asyncio.gather(forward(reader, back), forward(there, writer))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", names
     server.close()
 
 
-@pytest.mark.parametrize("trusted", [True, False], ids=["its_authority", "another_authority"])
-async def test_the_provider_is_asked_by_a_proxy_and_known_by_a_private_authority(
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted_authority", "unknown_authority"])
+async def test_provider_behind_proxy_and_private_authority_is_reached_only_if_trusted(
     image: Image, data: Path, authority: Authority, trusted: bool
 ) -> None:
     async with running_upstream(hello, authority.tls) as upstream:
         port = int(upstream.url.rpartition(":")[2].removesuffix("/v1"))
         async with tunnel(port) as (proxy, names):
-            env = {**settings("https://provider.test/v1"), "HTTPS_PROXY": proxy}
+            env = {**provider_env("https://provider.test/v1"), "HTTPS_PROXY": proxy}
             trust = {"SSL_CERT_FILE": "/etc/private-ca.pem"} if trusted else {}
             mounts = {"/etc/private-ca.pem": authority.certificate}
             async with running(image, data, {**env, **trust}, mounts) as container:
-                assert (await asked(container)) == (
+                assert (await chat_to_end(container)) == (
                     ("Hello", "done") if trusted else ("", "upstream_error")
                 )
                 container.stop()
-                assert await container.ended() == 0
+                assert await container.wait() == 0
         assert names == ["provider.test:443"]
         keys = [request.headers["authorization"] for request in upstream.requests]
         assert keys == ([f"Bearer {CANARY}"] if trusted else [])
@@ -415,41 +420,43 @@ async def test_the_provider_is_asked_by_a_proxy_and_known_by_a_private_authority
     assert attempt["cause"] == (None if trusted else "SSLCertVerificationError")
 
 
-# ---- as deploy/ tells Compose and Kubernetes to run it
+# ---- as Compose and Kubernetes run it
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file in deploy/ says of the sidecar."""
+class Sidecar:
+    """How a file in deploy/ runs the service."""
 
     env: dict[str, str]
     secret: str
     memory: int
 
 
-def told_by_compose() -> Told:
+def sidecar_of_compose() -> Sidecar:
     sidecar = compose_sidecar()
     (secret,) = sidecar["secrets"]
     memory = int(sidecar["mem_limit"].removesuffix("m")) * MIB
-    return Told(sidecar["environment"], f"/run/secrets/{secret}", memory)
+    return Sidecar(sidecar["environment"], f"/run/secrets/{secret}", memory)
 
 
-def told_by_kubernetes() -> Told:
+def sidecar_of_kubernetes() -> Sidecar:
     sidecar = pod_sidecar()
     memory = int(sidecar["resources"]["limits"]["memory"].removesuffix("Mi")) * MIB
-    return Told(sidecar["env"], sidecar["env"]["OPENAI_API_KEY_FILE"], memory)
+    return Sidecar(sidecar["env"], sidecar["env"]["OPENAI_API_KEY_FILE"], memory)
 
 
-@pytest.mark.parametrize("told", [told_by_compose(), told_by_kubernetes()], ids=["compose", "pod"])
-async def test_the_application_beside_it_is_answered(
-    image: Image, data: Path, tmp_path: Path, told: Told
+@pytest.mark.parametrize(
+    "deployed", [sidecar_of_compose(), sidecar_of_kubernetes()], ids=["compose", "pod"]
+)
+async def test_example_application_gets_a_response(
+    image: Image, data: Path, tmp_path: Path, deployed: Sidecar
 ) -> None:
     key = tmp_path / "key"
     key.write_text(f"{CANARY}\n", encoding="ascii")
     key.chmod(0o444)
     async with running_upstream(hello) as upstream:
-        env = {**told.env, "OPENAI_BASE_URL": upstream.url}
-        async with running(image, data, env, {told.secret: key}, told.memory) as container:
+        env = {**deployed.env, "OPENAI_BASE_URL": upstream.url}
+        async with running(image, data, env, {deployed.secret: key}, deployed.memory) as container:
             probes = [
                 pod_sidecar()[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness")
             ]
@@ -457,15 +464,16 @@ async def test_the_application_beside_it_is_answered(
                 assert (await get(container, probe["httpGet"]["path"])).status == 200
             command = yaml.safe_load(COMPOSE)["services"]["app"]["command"]
             at = container.url.removeprefix("http://")
-            code, printed = await container.execute(
+            code, output = await container.execute(
                 *(part.replace("chat:8000", at) for part in command)
             )
-            events = [json.loads(line[6:]) for line in printed.splitlines() if line]
+            events = [json.loads(line[6:]) for line in output.splitlines() if line]
             assert code == 0
             assert [event.get("chunk") for event in events] == ["Hel", "lo", None]
             assert events[-1]["status"] == "done"
         assert upstream.requests[0].headers["authorization"] == f"Bearer {CANARY}"
     key.write_text("\n", encoding="ascii")
-    code, printed = await refused(image, data, told.env, {told.secret: key})
+    code, output = await fail_to_start(image, data, deployed.env, {deployed.secret: key})
     assert code == 2
-    assert printed.endswith("DEFAULT_PROVIDER=openai needs OPENAI_API_KEY, which is not set\n")
+    assert output.startswith("Invalid configuration: ")
+    assert "OPENAI_API_KEY" in output

@@ -1,16 +1,21 @@
-"""The error tree beside the contract: each way to fail has its status, its code and its advice."""
+"""Errors: the status, code and retry advice of each, and the body that clients receive."""
 
-import re
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
 from pydantic_core import from_json, to_json
 
-import errors
-from errors import Code, ErrorBody, FieldProblem, ServiceError
+from errors import (
+    KINDS,
+    Code,
+    ErrorBody,
+    FieldProblem,
+    ServiceError,
+    invalid_request,
+    to_service_error,
+)
 
-# The table of api.md: status, code, and whether it says to try again.
+# The table in docs/api.md: status, code, retryable.
 CONTRACT = {
     (400, "invalid_json", False),
     (401, "invalid_api_key", False),
@@ -37,51 +42,41 @@ CONTRACT = {
 }
 
 
-def descendants(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from descendants(child)
+def test_kinds_match_the_contract() -> None:
+    assert {(kind.status, code, kind.retryable) for code, kind in KINDS.items()} == CONTRACT
+    assert sorted(KINDS) == sorted(get_args(Code))
 
 
-def leaves() -> list[type[ServiceError]]:
-    return [kind for kind in descendants(ServiceError) if not kind.__subclasses__()]
-
-
-def test_each_error_has_the_status_code_and_advice_of_the_contract() -> None:
-    assert {(kind.status, kind.code, kind.retryable) for kind in leaves()} == CONTRACT
-
-
-def test_each_code_belongs_to_one_error_and_each_error_to_a_declared_code() -> None:
-    assert sorted(kind.code for kind in leaves()) == sorted(get_args(Code))
-
-
-def test_the_drawn_tree_is_the_tree() -> None:
-    drawn = re.findall(r"── (\w+) *([0-9]{3})?", errors.__doc__ or "")
-    assert drawn == [
-        (kind.__name__, "" if kind.__subclasses__() else str(kind.status))
-        for kind in descendants(ServiceError)
-    ]
+@pytest.mark.parametrize("code", KINDS)
+def test_cause_agrees_with_code_and_status(code: Code) -> None:
+    kind = KINDS[code]
+    assert (kind.caused_by == "caller") == (kind.status < 500)
+    assert (kind.caused_by == "provider") == code.startswith("upstream_")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "detail"),
     [
         (
-            ServiceError("rate_limited", "Wait 6 s.", retry_after=6),
-            {"code": "rate_limited", "message": "Wait 6 s.", "retryable": True, "retry_after": 6},
+            ServiceError("rate_limited", "Retry in 6 s.", retry_after=5.2),
+            {
+                "code": "rate_limited",
+                "message": "Retry in 6 s.",
+                "retryable": True,
+                "retry_after": 6,
+            },
         ),
         (
-            ServiceError("upstream_error", "Failed."),
+            ServiceError("upstream_error", "It failed."),
             {
                 "code": "upstream_error",
-                "message": "Failed.",
+                "message": "It failed.",
                 "retryable": False,
                 "retry_after": None,
             },
         ),
         (
-            ServiceError(
-                "invalid_request",
+            invalid_request(
                 FieldProblem(field="message", message="is required"),
                 FieldProblem(field="model_id", message="must be a string"),
             ),
@@ -98,22 +93,33 @@ def test_the_drawn_tree_is_the_tree() -> None:
         ),
     ],
 )
-def test_a_body_holds_the_error_and_the_request_id_and_only_bad_fields_add_theirs(
-    error: ServiceError, told: object
-) -> None:
+def test_body_contains_error_detail_and_request_id(error: ServiceError, detail: object) -> None:
     body = to_json(ErrorBody(error=error.detail(), id="req_1"))
-    assert from_json(body) == {"error": told, "id": "req_1"}
+    assert from_json(body) == {"error": detail, "id": "req_1"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "advice"), [("upstream_error", True), ("upstream_unavailable", False)]
-)
-def test_one_failure_may_advise_otherwise_than_its_kind(
-    kind: type[ServiceError], advice: bool
-) -> None:
-    assert kind("So it is.", retryable=advice).detail().retryable is advice
-    assert kind("As ever.").detail().retryable is not advice
+def test_retryable_argument_overrides_the_advice_of_the_code() -> None:
+    codes: list[tuple[Code, bool]] = [("upstream_error", True), ("upstream_unavailable", False)]
+    for code, retryable in codes:
+        assert KINDS[code].retryable is not retryable
+        assert ServiceError(code, "It failed.", retryable=retryable).detail().retryable is retryable
 
 
-def test_an_error_prints_as_its_message() -> None:
-    assert str(ServiceError("upstream_error", "It failed.")) == "It failed."
+def test_cause_is_the_class_name_of_the_first_exception() -> None:
+    assert ServiceError("upstream_error", "It failed.").cause is None
+    error = ServiceError("upstream_error", "It failed.")
+    error.__cause__ = ConnectionError("has a secret")
+    error.__cause__.__cause__ = TimeoutError("has a secret")
+    assert error.cause == "TimeoutError"
+
+
+def test_other_exceptions_become_internal_errors_without_their_text() -> None:
+    error = to_service_error(ValueError("has a secret"))
+    assert (error.code, error.status, error.cause) == ("internal_error", 500, "ValueError")
+    assert "secret" not in str(error)
+
+
+def test_service_errors_are_not_converted() -> None:
+    error = ServiceError("session_busy", "Another response is running.")
+    assert to_service_error(error) is error
+    assert str(error) == "Another response is running."

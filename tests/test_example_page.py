@@ -15,7 +15,7 @@ from playwright.async_api import async_playwright
 
 from tests.browser import Line
 from tests.conftest import StartService
-from tests.redis_server import program
+from tests.redis_server import find_program as program
 from tests.test_examples import EXAMPLES
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ async def test_stop_closes_the_connection(service: StartService, origin: str, pa
     await page.click("text=Stop")
     assert (await ending(page))[1] == "stopped"
     # Before it the browser asked whether the page may ask.
-    assert (await app.log.request(1))["outcome"] == "client_disconnected"
+    assert (await app.log.wait_for_request(1))["outcome"] == "client_disconnected"
 
 
 async def test_a_cut_connection_is_not_taken_for_an_end(
@@ -116,7 +116,7 @@ async def test_a_silent_connection_is_given_up(
     app = await service(CORS_ORIGINS=origin, **limits)
     await ask(page, origin, app.url, "mock/hang", silence=0.2)
     assert await ending(page) == ("", "The answer was cut off: silence")
-    assert (await app.log.request(1))["outcome"] == "client_disconnected"
+    assert (await app.log.wait_for_request(1))["outcome"] == "client_disconnected"
 
 
 async def test_a_comment_is_a_sign_of_life(service: StartService, origin: str, page: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from providers import MockProvider
-from tests.redis_server import program
+from tests.redis_server import find_program as program
 from tools.rehearse import ENDINGS, Answer, Run, broken_off, faults, rehearse, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -1,4 +1,4 @@
-"""openapi.json: that it is what the code says, all of it, and that the service does as it says."""
+"""static/openapi.json matches the code and the running service, and other tools can use it."""
 
 import asyncio
 import json
@@ -14,40 +14,32 @@ import pytest
 from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from errors import ServiceError
+from errors import KINDS, Code
 from server import Drain
 from service import EXPOSED_HEADERS, create_app
 from settings import from_env
 from telemetry import RequestContext
 from tests.conftest import StartService, run_lifespan
-from tools.openapi import FILE, HEADERS, ROOT, WHEN, Models, SessionView, document, text
+from tools.openapi import FILE, HEADERS, MEANINGS, ROOT, Models, SessionView, document, text
 
 BIN = Path(sys.executable).parent
 KEY = "key-of-0123456789abcdefghij"
-# Each program ends by itself long before.
+# Each program takes far less.
 PATIENCE_SECONDS = 300.0
 
 
 def operations() -> Iterator[tuple[str, str, Any]]:
-    """Path, method and description of each operation."""
+    """Return path, method and description of each operation."""
     for path, item in document()["paths"].items():
         for method in item.keys() - {"parameters"}:
             yield path, method.upper(), item[method]
 
 
-def leaves(kind: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
-    """The errors that are raised."""
-    for child in kind.__subclasses__():
-        yield from leaves(child)
-    if not kind.__subclasses__():
-        yield kind
-
-
-def test_the_file_is_what_the_models_say() -> None:
+def test_file_is_up_to_date() -> None:
     assert FILE.read_text(encoding="utf-8") == text(), "run `make openapi`"
 
 
-async def test_it_has_every_route_and_no_other() -> None:
+async def test_documented_routes_are_the_routes_of_the_app() -> None:
     settings = from_env({"STATE_URL": "memory://"})
     app: Any = create_app(settings, logging.Logger("test"), Drain())
     await run_lifespan(app)
@@ -57,21 +49,21 @@ async def test_it_has_every_route_and_no_other() -> None:
     assert {(path, method) for path, method, _ in operations()} == routes
 
 
-def test_it_tells_of_every_error_under_its_status() -> None:
-    answers = [each for *_, operation in operations() for each in operation["responses"].items()]
+@pytest.mark.parametrize("code", KINDS)
+def test_every_error_code_is_documented_under_its_status(code: Code) -> None:
+    responses = [each for *_, operation in operations() for each in operation["responses"].items()]
     others = document()["components"]["responses"].values()
-    answers += zip(("404", "405"), others, strict=True)
-    for kind in leaves():
-        told = [answer for status, answer in answers if status == str(kind.status)]
-        assert any(f"`{kind.code}`: {WHEN[kind.code]}" in answer["description"] for answer in told)
-    assert len(WHEN) == len(list(leaves()))
+    responses += zip(("404", "405"), others, strict=True)
+    status = str(KINDS[code].status)
+    texts = [response["description"] for number, response in responses if number == status]
+    assert any(f"`{code}`: {MEANINGS[code]}" in text for text in texts)
 
 
-def test_it_tells_of_every_header_that_a_page_may_read() -> None:
+def test_every_header_that_cors_exposes_is_documented() -> None:
     assert set(EXPOSED_HEADERS) < set(HEADERS)
 
 
-async def test_what_no_model_writes_is_as_it_says(service: StartService) -> None:
+async def test_models_and_session_responses_match_their_schemas(service: StartService) -> None:
     app = await service()
     session_id = (await (await app.chat()).events())[-1]["session_id"]
     models: dict[str, type[BaseModel]] = {"models": Models, f"sessions/{session_id}": SessionView}
@@ -81,11 +73,11 @@ async def test_what_no_model_writes_is_as_it_says(service: StartService) -> None
         model.model_validate_json(body, strict=True, extra="forbid")
 
 
-# ---- by the programs of others
+# ---- other tools
 
 
 async def run(cwd: Path, *command: str, **env: str) -> str:
-    """What a program printed; it has to end with 0."""
+    """Return the output of a program. It must exit with status 0."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=cwd,
@@ -94,13 +86,13 @@ async def run(cwd: Path, *command: str, **env: str) -> str:
         stderr=asyncio.subprocess.STDOUT,
     )
     async with asyncio.timeout(PATIENCE_SECONDS):
-        printed = (await process.communicate())[0].decode()
-    assert process.returncode == 0, printed
-    return printed
+        output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    return output
 
 
 @pytest.mark.slow
-async def test_it_is_openapi_3_1(tmp_path: Path) -> None:
+async def test_file_is_valid_openapi_3_1(tmp_path: Path) -> None:
     await run(tmp_path, "openapi-spec-validator", "--schema", "3.1", str(FILE))
 
 
@@ -112,19 +104,19 @@ async def test_it_is_openapi_3_1(tmp_path: Path) -> None:
         {"ALLOW_ANONYMOUS": "false", "API_KEYS": f"tester:{KEY}", "RATE_LIMIT_API_KEY": "off"},
         {"RATE_LIMIT": "100/minute"},
     ],
-    ids=["anonymous", "with_a_key", "limited"],
+    ids=["anonymous", "api_key", "rate_limited"],
 )
-async def test_schemathesis_finds_nothing(
+async def test_schemathesis_finds_no_violation(
     service: StartService, tmp_path: Path, env: dict[str, str]
 ) -> None:
     app = await service(**env)
-    # A session's name may be chosen again once it is deleted: it is used after it was freed.
-    asked = ["st", "run", f"{app.url}/openapi.json", "--seed", "1", "--max-examples", "50"]
-    asked += ["--checks", "all", "--exclude-checks", "use_after_free", "--continue-on-failure"]
+    # `use_after_free` expects 404 for a deleted session, but its id may be chosen again.
+    command = ["st", "run", f"{app.url}/openapi.json", "--seed", "1", "--max-examples", "50"]
+    command += ["--checks", "all", "--exclude-checks", "use_after_free", "--continue-on-failure"]
     if "API_KEYS" in env:
-        asked += ["-H", f"Authorization: Bearer {KEY}"]
-    printed = await run(tmp_path, *asked, SCHEMATHESIS_HOOKS="tests.schemathesis_hooks")
-    assert re.search(r"([1-9]\d{2,}) generated, \1 passed", printed), printed
+        command += ["-H", f"Authorization: Bearer {KEY}"]
+    output = await run(tmp_path, *command, SCHEMATHESIS_HOOKS="tests.schemathesis_hooks")
+    assert re.search(r"([1-9]\d{2,}) generated, \1 passed", output), output
 
 
 USE = """
@@ -134,18 +126,18 @@ from client.api.default import chat, read_session
 from client.models import ChatRequest, ErrorBody, SessionView
 
 client = Client(sys.argv[1])
-answer = chat.sync_detailed(client=client, body=ChatRequest(message="Hello"))
-assert '"status":"done"' in answer.parsed, answer
-view = read_session.sync(answer.headers["X-Session-ID"], client=client)
+response = chat.sync_detailed(client=client, body=ChatRequest(message="Hello"))
+assert '"status":"done"' in response.parsed, response
+view = read_session.sync(response.headers["X-Session-ID"], client=client)
 assert isinstance(view, SessionView) and view.messages[0].content == "Hello", view
-refused = chat.sync(client=client, body=ChatRequest(message=" "))
-assert isinstance(refused, ErrorBody) and refused.error.code == "invalid_request", refused
+error = chat.sync(client=client, body=ChatRequest(message=" "))
+assert isinstance(error, ErrorBody) and error.error.code == "invalid_request", error
 """
 
 
 @pytest.mark.slow
-async def test_a_client_made_from_it_sends_a_message(service: StartService, tmp_path: Path) -> None:
+async def test_generated_client_sends_a_message(service: StartService, tmp_path: Path) -> None:
     app = await service()
-    made = ["openapi-python-client", "generate", "--path", str(FILE), "--fail-on-warning"]
-    await run(tmp_path, *made, "--meta", "none", "--output-path", "client")
+    command = ["openapi-python-client", "generate", "--path", str(FILE), "--fail-on-warning"]
+    await run(tmp_path, *command, "--meta", "none", "--output-path", "client")
     await run(tmp_path, sys.executable, "-c", USE, app.url, PYTHONPATH=str(tmp_path))

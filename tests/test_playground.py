@@ -13,8 +13,7 @@ pytest.importorskip("playwright", reason="needs what `make test-all` installs")
 from axe_playwright_python.async_playwright import Axe
 
 from tests.browser import Proxy, Tab, open_tab, require_chromium
-from tests.conftest import StartService, StartUpstream
-from tests.test_service import openai
+from tests.conftest import StartService, StartUpstream, openai_env
 from tests.upstream import END, Connection, delta
 
 pytestmark = pytest.mark.slow
@@ -66,11 +65,11 @@ async def test_text_is_shown_as_it_arrives_and_finished_blocks_stay(
     async def script(connection: Connection) -> None:
         await connection.stream(delta("First.\n\nSecond"))
         await seen.wait()
-        await connection.more(delta(" and more."), delta(finish_reason="stop"))
+        await connection.send_events(delta(" and more."), delta(finish_reason="stop"))
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.page.locator(".text p", has_text="Second").wait_for()
@@ -116,15 +115,15 @@ async def test_stop_closes_the_provider_connection_and_keeps_the_text(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
-    app = await service(**openai(provider.url), RATE_LIMIT="off")
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
     assert not await tab.page.is_visible("#send")
     await tab.page.click("#stop")
     assert await tab.ending() == "Stopped."
-    await (await provider.request()).closed.wait()
-    assert (await app.log.request(-1))["outcome"] == "client_disconnected"
+    await (await provider.wait_for_request()).closed.wait()
+    assert (await app.log.wait_for_request(-1))["outcome"] == "client_disconnected"
     assert await tab.page.is_visible("#send")
     await tab.reload()
     assert await tab.response_text() == "So far"
@@ -146,7 +145,7 @@ async def test_reload_during_a_response_shows_the_text_so_far(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
@@ -251,7 +250,7 @@ async def test_conversation_left_before_it_loads_is_not_requested(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
@@ -320,7 +319,7 @@ async def test_retry_replaces_the_failed_attempt(service: StartService, browse: 
     app = await service(MAX_RETRIES="0", RATE_LIMIT="off")
     tab = await browse(app.url)
     await tab.send("Hello", "mock/error")
-    assert (await app.log.request(-1))["request_id"] in await tab.ending()
+    assert (await app.log.wait_for_request(-1))["request_id"] in await tab.ending()
     # One sentence, one action.
     assert await tab.page.locator(".problem > p:not(.note)").count() == 1
     assert await tab.page.locator(".problem button").count() == 1
@@ -404,20 +403,20 @@ async def test_error_that_cannot_be_retried_offers_its_request_id(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda c: c.send(b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n"))
-    app = await service(**openai(provider.url), RATE_LIMIT="off")
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.send("Hello")
     await tab.ending()
     await tab.page.click("text=Copy the request id")
     await tab.page.wait_for_selector("text=Copied")
-    assert await tab.page.evaluate(CLIPBOARD) == (await app.log.request(-1))["request_id"]
+    assert await tab.page.evaluate(CLIPBOARD) == (await app.log.wait_for_request(-1))["request_id"]
 
 
 async def test_lost_connection_is_not_shown_as_the_end(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     proxy = Proxy(app.url)
     tab = await browse(await proxy.listen())
     await tab.send("Hello")
@@ -466,7 +465,7 @@ async def test_hostile_response_runs_and_loads_nothing(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda c: c.complete(HOSTILE[:40], HOSTILE[40:]))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.ending()
@@ -725,12 +724,12 @@ async def test_wide_table_keeps_its_scroll_position_while_it_arrives(
     async def script(connection: Connection) -> None:
         await connection.stream(delta(await steps.get()))
         for _ in range(2):
-            await connection.more(delta(await steps.get()))
-        await connection.more(delta(finish_reason="stop"))
+            await connection.send_events(delta(await steps.get()))
+        await connection.send_events(delta(finish_reason="stop"))
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, viewport=SIZES["phone"])
     await tab.send("Hello")
     steps.put_nowait(WIDE[:22])
@@ -760,11 +759,11 @@ async def test_code_can_be_selected_and_copied_while_it_arrives(
     async def script(connection: Connection) -> None:
         await connection.stream(delta("```pyt"), delta("hon\n" + "x" * 500 + "\n"))
         await more.wait()
-        await connection.more(delta("further\n"), delta("```"), delta(finish_reason="stop"))
+        await connection.send_events(delta("further\n"), delta("```"), delta(finish_reason="stop"))
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.send("Hello")
     await tab.page.locator("pre", has_text="xxx").wait_for()
@@ -788,7 +787,7 @@ async def test_code_and_response_are_copied_as_the_model_wrote_them(
 ) -> None:
     response = "Some *code*:\n```python\nif a < b:\n    pass\n```\n"
     provider = await upstream(lambda connection: connection.complete(response))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.send("Hello")
     await tab.ending()
@@ -867,7 +866,7 @@ async def test_header_and_composer_never_cover_the_focus(
 ) -> None:
     text = "".join(f"[link](https://example.com/) {n}\n\n```\n{n}\n```\n" for n in range(20))
     provider = await upstream(lambda connection: connection.complete(text))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     # The smallest viewport of WCAG 2.2 (1.4.10): 1280 pixels at a zoom of 400 %.
     tab = await browse(app.url, viewport={"width": 320, "height": 640})
     assert await tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -893,10 +892,10 @@ async def test_new_text_is_followed_until_the_user_scrolls_up(
     async def script(connection: Connection) -> None:
         await connection.stream(delta("Line\n\n" * 100))
         for _ in range(2):
-            await connection.more(delta(await chunks.get()))
+            await connection.send_events(delta(await chunks.get()))
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     below = (
         "document.documentElement.scrollHeight - document.documentElement.clientHeight"
@@ -938,7 +937,7 @@ async def test_screen_reader_gets_short_response_with_spaces_between_blocks(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda connection: connection.complete("One.\n\nTwo.\n\n- Three"))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.ending()
@@ -988,7 +987,7 @@ async def test_axe_finds_no_violation(
         lambda connection: connection.complete(WIDE, "\n", MARKDOWN, "x" * 500)
     )
     models = {"MODELS": "gpt-4o-mini,mock/*"}
-    app = await service(**openai(provider.url), **models, API_KEYS=f"web:{KEY}")
+    app = await service(**openai_env(provider.url), **models, API_KEYS=f"web:{KEY}")
     tab = await browse(app.url, viewport=SIZES[size], color_scheme=scheme)
 
     async def check() -> None:

@@ -26,7 +26,7 @@ from providers import (
 )
 from settings import SettingsError, from_env
 from tests.client import CANARY, Response
-from tests.conftest import Running, StartService, StartUpstream, raises
+from tests.conftest import RunningService, StartService, StartUpstream, raises
 from tests.upstream import (
     DONE,
     END,
@@ -379,7 +379,7 @@ async def test_an_answer_is_over_after_its_completion() -> None:
 
 def test_a_bare_error_line_may_hold_plain_text() -> None:
     reader = CompletionParser()
-    assert reader.feed(b"error: the server is overloaded\n") is None
+    assert reader.feed(b"error: the server is overloaded\n\n") is None
     assert reader.error
     assert reader.error.code == "upstream_unavailable"
 
@@ -560,7 +560,7 @@ async def test_the_connection_is_kept_where_the_end_of_the_body_comes_after_done
         reply = await app.chat()
         # [DONE] was in the same packet: it has been read.
         assert (await reply.event())["chunk"] == "Hi"
-        await (await provider.request(number)).send(END)
+        await (await provider.wait_for_request(number)).send(END)
         assert await ending(reply) == ("", "done")
     assert provider.connections == 1
 
@@ -578,8 +578,8 @@ async def test_a_body_that_does_not_end_after_done_is_not_waited_for(
     for number in range(2):
         reply = await app.chat()
         assert (await reply.event())["chunk"] == "Hi"
-        request = await provider.request(number)
-        await request.more(*later)
+        request = await provider.wait_for_request(number)
+        await request.send_events(*later)
         assert await ending(reply) == ("", "done")
         await request.closed.wait()
     assert provider.connections == 2
@@ -593,8 +593,8 @@ async def test_usage_and_text_that_come_after_the_finish_reason_are_part_of_the_
     app = await service(**openai(provider.url))
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "Hi"
-    request = await provider.request()
-    await request.more(delta("!"), sse(b'{"choices":[],"usage":{"total_tokens":2}}'), end)
+    request = await provider.wait_for_request()
+    await request.send_events(delta("!"), sse(b'{"choices":[],"usage":{"total_tokens":2}}'), end)
     await request.send(END)
     late, done = await reply.events()
     assert late["chunk"] == "!"
@@ -610,11 +610,11 @@ async def test_an_answer_that_goes_on_after_a_finish_reason_is_passed_on_as_it_c
     app = await service(**openai(provider.url))
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "a"
-    request = await provider.request()
+    request = await provider.wait_for_request()
     for text in ("b", "c"):
-        await request.more(delta(text))
+        await request.send_events(delta(text))
         assert (await reply.event()).get("chunk") == text
-    await request.more(DONE)
+    await request.send_events(DONE)
     await request.send(END)
     assert await ending(reply) == ("", "done")
 
@@ -627,8 +627,8 @@ async def test_an_error_after_the_finish_reason_is_an_error(
     app = await service(**openai(provider.url, TOTAL_TIMEOUT_SECONDS="2"))
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "Hi"
-    request = await provider.request()
-    await request.more(delta("!"), sse(b'{"error":{"code":503,"message":"x"}}'), DONE)
+    request = await provider.wait_for_request()
+    await request.send_events(delta("!"), sse(b'{"error":{"code":503,"message":"x"}}'), DONE)
     assert await ending(reply) == ("!", "upstream_unavailable")
 
 
@@ -664,7 +664,7 @@ async def test_a_connection_that_breaks_spoils_only_an_answer_that_is_not_whole(
     app = await service(**openai(provider.url))
     reply = await app.chat()
     assert (await reply.event())["chunk"] == "Hi"
-    reset(await provider.request())
+    reset(await provider.wait_for_request())
     assert await ending(reply) == ("", end)
 
 
@@ -738,7 +738,7 @@ async def test_a_text_cut_anywhere_arrives_whole(
     async def script(request: Connection) -> None:
         await request.send(HEAD)
         for part in cut(whole, places):
-            await request.more(part)
+            await request.send_events(part)
             await asyncio.sleep(0)  # the service's turn, so that each part is a read of its own
         await request.send(END)
 
@@ -752,7 +752,7 @@ async def test_a_text_cut_anywhere_arrives_whole(
 # ---- MockProvider, through the service
 
 
-async def mock(service: StartService, model: str, **env: str) -> tuple[Running, Response]:
+async def mock(service: StartService, model: str, **env: str) -> tuple[RunningService, Response]:
     app = await service(**QUIET, **env)
     return app, await app.chat("Hello there", model_id=f"mock/{model}")
 

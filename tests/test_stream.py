@@ -1,51 +1,34 @@
-"""What is accepted, how text is cleaned, the events, and the stream's clocks.
+"""EventStream: the status line, heartbeats, deadlines, backpressure and the end of a stream.
 
-The streams here run on a loop whose time jumps to the next timer, so that the defaults of minutes
-can be kept to the second. How it all looks on a socket is in test_service.py.
+The streams here run on an event loop whose clock jumps to the next timer, so that the default
+timeouts of minutes can be tested to the second. test_service.py tests the same on sockets.
 """
 
 import asyncio
-import itertools
 import json
 import selectors
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from chat import ChunkEvent, parse_request
+from chat import ChunkEvent
 from errors import ServiceError
 from openai_stream import Chunks
-from providers import ChunkStream, Completion
-from server import ABORT
+from providers import Completion, Sink
+from server import CONNECTION
 from settings import from_env
-from stream import FINISH_SECONDS_LIMIT, End, EventStream
+from stream import FINISH_SECONDS, End, EventStream
+from telemetry import StreamReport
 from tests.conftest import raises
-
-LIMIT = 10
-
-
-def asked(**fields: object) -> bytes:
-    """A request's body; the message is "Hi" unless another is given."""
-    return json.dumps({"message": "Hi", **fields}).encode()
-
-
-def refused(body: bytes) -> dict[str, str]:
-    """The fields that a 422 names, and what it says of each."""
-    with raises("invalid_request") as caught:
-        parse_request(body, LIMIT)
-    return {problem.field: problem.message for problem in caught.value.fields}
-
-
-# ---- the stream
 
 
 class JumpingSelector(selectors.DefaultSelector):
-    """Where a loop would wait for its next timer, that time is there at once."""
+    """Reaches the loop's next timer at once instead of waiting for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +37,14 @@ class JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready:
-            assert timeout is not None, "everything waits and no timer is set"
+            assert timeout is not None, "every task waits and no timer is set"
             self.now += timeout
         return ready
 
 
 class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop on the clock of a JumpingSelector."""
+
     def __init__(self) -> None:
         self._jumping = JumpingSelector()
         super().__init__(self._jumping)
@@ -78,409 +63,438 @@ def now() -> float:
 
 
 DONE = Completion("m-1", "stop", None)
-# What a provider does, one after the other: seconds to wait, a batch, an end, an error to raise.
+# What the provider does, in order: wait some seconds, write chunks, complete, raise.
 Step = float | Chunks | Completion | Exception
+FOREVER = 10.0**9
 
 
-def repeated(times: int, *steps: Step) -> list[Step]:
+def repeat(times: int, *steps: Step) -> list[Step]:
     return list(steps) * times
 
 
-class Stage:
-    """An EventStream with both its sides in the test's hands: `script` is what the provider does,
-    `sent` what the client was sent and when. `happened` has the order of all that matters."""
+class FakeConnection:
+    """The client's side: the ASGI extension and `send` of a server whose client may not read.
 
-    def __init__(self, *script: Step, **env: str) -> None:
-        self.script = script
+    `read_seconds` yields, for each write, how long the client does not read after it. `sent` has
+    what was sent and when. `log` has the order of everything that matters.
+    """
+
+    def __init__(self, read_seconds: Iterator[float]) -> None:
+        self.on_resume: Callable[[], None] = lambda: None
+        self.on_disconnect: Callable[[], None] = lambda: None
+        self.disconnected = False
         self.sent: list[tuple[float, Message]] = []
-        self.happened: list[str] = []
-        self.settled: list[tuple[str, End]] = []
-        # Messages from the client that come before it leaves.
-        self.received: list[Message] = []
-        # Awaited before a message is taken, in `settle`, and when the provider is closed.
-        self.on_send: Callable[[], Awaitable[object]] | None = None
-        self.on_settle: Callable[[], Awaitable[object]] | None = None
-        self.on_close: Callable[[], Awaitable[object]] | None = None
-        self._left = asyncio.Event()
-        self.stream = EventStream(
-            self._pieces(),
-            self._settle,
-            request_id="req_1",
-            session_id="s_1",
-            settings=from_env(env),
-        )
-
-    async def play(self) -> None:
-        """The stream from its start to its end."""
-        scope = {"type": "http", "extensions": {ABORT: self._abort}}
-        await self.stream(scope, self._receive, self._send)
-
-    def disconnect(self) -> None:
-        self._left.set()
+        self.log: list[str] = []
+        self._read_seconds = read_seconds
+        self._resumes = 0
+        self._resumed = asyncio.Event()
+        self._resumed.set()
 
     @property
-    def has_left(self) -> bool:
-        return self._left.is_set()
+    def paused(self) -> bool:
+        return not self._resumed.is_set()
 
-    async def stall(self) -> None:
-        """As `on_send`: nothing is taken any more."""
-        await self._left.wait()
+    def write(self, data: bytes) -> None:
+        assert self.sent, "a body before the status line"
+        self._take({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def send(self, message: Message) -> None:
+        await self._resumed.wait()
+        self._take(message)
+
+    def _take(self, message: Message) -> None:
+        # uvicorn drops silently what is sent after a disconnect.
+        if self.disconnected:
+            return
+        self.log.append(message["type"].removeprefix("http.response."))
+        self.sent.append((now(), message))
+        seconds = next(self._read_seconds, 0.0)
+        if seconds:
+            self.stop_reading(seconds)
+
+    def stop_reading(self, seconds: float = FOREVER) -> None:
+        self._resumed.clear()
+        self._resumes += 1
+        asyncio.get_running_loop().call_later(seconds, self._resume, self._resumes)
+
+    def _resume(self, number: int) -> None:
+        if number == self._resumes and not self._resumed.is_set():
+            self._resumed.set()
+            self.on_resume()
+
+    def disconnect(self) -> None:
+        if not self.disconnected:
+            self.disconnected = True
+            self._resumed.set()
+            self.on_disconnect()
+
+    def abort(self) -> None:
+        self.log.append("reset")
+        self.disconnect()
+
+
+class Scenario:
+    """An EventStream between a scripted provider and a FakeConnection."""
+
+    def __init__(self, *script: Step, pauses: tuple[float, ...] = (), **env: str) -> None:
+        self.script = script
+        self.connection = FakeConnection(iter(pauses))
+        self.log = self.connection.log
+        self.finished: list[tuple[str, End]] = []
+        # Awaited in `on_finish`.
+        self.storing: Callable[[], Awaitable[object]] | None = None
+        # Whether the provider may end at the idle timeout.
+        self.may_finish = False
+        self._finish_now = asyncio.Event()
+        self.stream = EventStream(self._provide, self._on_finish, "req_1", "s_1", from_env(env))
+
+    async def run(self) -> None:
+        scope = {"type": "http", "extensions": {CONNECTION: self.connection}}
+        await self.stream(scope, self._receive, self.connection.send)
+
+    @property
+    def report(self) -> StreamReport:
+        return self.stream.fill_report()
 
     @property
     def blocks(self) -> list[tuple[float, str]]:
         """Events and comments, and when each was sent."""
-        bodies = [(at, m["body"].decode()) for at, m in self.sent if "body" in m]
+        bodies = [(at, m["body"].decode()) for at, m in self.connection.sent if "body" in m]
         return [(at, block) for at, body in bodies for block in body.split("\n\n") if block]
 
     @property
     def events(self) -> list[Any]:
-        """The events that were sent, as JSON."""
-        told = [block.removeprefix("data: ") for _, block in self.blocks if block[0] != ":"]
-        return [json.loads(text) for text in told]
+        texts = [block.removeprefix("data: ") for _, block in self.blocks if block[0] != ":"]
+        return [json.loads(text) for text in texts]
 
     @property
     def heartbeats(self) -> list[float]:
         return [at for at, block in self.blocks if block == ": keep-alive"]
 
-    async def _pieces(self) -> ChunkStream:
+    async def _receive(self) -> Message:
+        raise AssertionError("a stream does not read from its client")
+
+    async def _provide(self, sink: Sink) -> Completion:
+        resumed = asyncio.Event()
+        sink.attach(resumed.set, self._finish_early)
         try:
             for step in self.script:
                 if isinstance(step, float):
-                    await anyio.sleep(step)
+                    with anyio.move_on_after(step):
+                        await self._finish_now.wait()
+                        return DONE
                 elif isinstance(step, Exception):
                     raise step
+                elif isinstance(step, Completion):
+                    return step
                 else:
-                    yield step
+                    resumed.clear()
+                    if not sink.write(step):
+                        await resumed.wait()
+            raise AssertionError("the script has no end")
         finally:
-            self.happened.append("closed")
-            if self.on_close:
-                await self.on_close()
+            self.log.append("closed")
 
-    async def _settle(self, text: str, end: End) -> None:
-        self.happened.append("settled")
-        self.settled.append((text, end))
-        if self.on_settle:
-            await self.on_settle()
+    def _finish_early(self) -> bool:
+        if self.may_finish:
+            self._finish_now.set()
+        return self.may_finish
 
-    def _abort(self) -> None:
-        self.happened.append("aborted")
-        self.disconnect()
-
-    async def _receive(self) -> Message:
-        if self.received:
-            return self.received.pop()
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Message) -> None:
-        if self.on_send and not self._left.is_set():
-            await self.on_send()
-        # As uvicorn does: what is sent to nobody is dropped without a word.
-        if not self._left.is_set():
-            self.happened.append(message["type"].removeprefix("http.response."))
-            self.sent.append((now(), message))
+    async def _on_finish(self, text: str, end: End) -> None:
+        self.log.append("stored")
+        self.finished.append((text, end))
+        if self.storing:
+            await self.storing()
 
 
-def raising(error: Exception) -> Callable[[], Awaitable[object]]:
-    async def fail() -> None:
+def fail(error: Exception) -> Callable[[], Awaitable[object]]:
+    async def raise_error() -> None:
         raise error
 
-    return fail
+    return raise_error
 
 
-def taking(seconds: float) -> Callable[[], Awaitable[object]]:
+def take(seconds: float) -> Callable[[], Awaitable[object]]:
     return lambda: anyio.sleep(seconds)
 
 
-def after(number: int, then: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
-    """For `on_send`: `then`, once that many messages were taken."""
-    calls = itertools.count()
-
-    async def act() -> None:
-        if next(calls) >= number:
-            await then()
-
-    return act
+async def disconnect_at(seconds: float, scenario: Scenario) -> None:
+    """Run the scenario; its client disconnects after some seconds."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(scenario.run)
+        await anyio.sleep(seconds)
+        scenario.connection.disconnect()
 
 
-def first(then: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
-    """For `on_send`: `then`, and nothing from the second message on."""
-    calls = itertools.count()
-
-    async def act() -> None:
-        if next(calls) == 0:
-            await then()
-
-    return act
+# What is sent
 
 
-@given(st.lists(st.lists(st.text()), max_size=5))
-async def test_chunk_events_are_written_as_pydantic_would(batches: list[Chunks]) -> None:
-    stage = Stage(*batches, DONE)
-    await stage.play()
-    body = b"".join(message["body"] for _, message in stage.sent[1:])
+@given(st.lists(st.lists(st.text(), min_size=1), max_size=5))
+@example([["a\u0085b\u2028c\u2029d"]])
+async def test_chunk_events_equal_pydantic_json_with_line_separators_escaped(
+    batches: list[Chunks],
+) -> None:
+    scenario = Scenario(*batches, DONE)
+    await scenario.run()
+    body = b"".join(message["body"] for _, message in scenario.connection.sent[1:])
     chunks = [chunk for batch in batches for chunk in batch]
-    lines = body.split(b"\n\n")[:-2]
-    assert lines == [
-        b"data: " + ChunkEvent(chunk=chunk, id="req_1").model_dump_json().encode()
-        for chunk in chunks
-    ]
-    # One line each: a reader that ends lines at CR, too, finds no more.
-    assert not any(b"\n" in line or b"\r" in line for line in lines)
-    assert len(stage.stream.chunks) == len(chunks)
+    expected = [ChunkEvent(chunk=chunk, id="req_1").model_dump_json() for chunk in chunks]
+    for separator in "\u0085\u2028\u2029":
+        expected = [text.replace(separator, f"\\u{ord(separator):04x}") for text in expected]
+    assert [f"data: {text}" for text in expected] == body.decode().split("\n\n")[:-2]
+    # Any line reader finds the same lines.
+    assert body.decode().splitlines() == body.decode().split("\n")[:-1]
+    assert scenario.report.chunks == len(chunks)
 
 
-async def test_a_batch_is_one_message() -> None:
-    stage = Stage(["a", "b", "c"], ["d"], DONE)
-    await stage.play()
-    assert stage.happened == ["start", "body", "body", "closed", "settled", "body"]
+async def test_chunks_of_one_read_are_written_at_once() -> None:
+    scenario = Scenario(["a", "b", "c"], 1.0, ["d"], DONE)
+    await scenario.run()
+    assert scenario.log == ["start", "body", "body", "closed", "stored", "body"]
+
+
+async def test_chunks_are_held_until_the_status_line_is_sent() -> None:
+    scenario = Scenario(["a"], ["b"], ["c"], DONE)
+    await scenario.run()
+    assert [event.get("chunk") for event in scenario.events] == ["a", "b", "c", None]
+    assert scenario.log == ["closed", "stored", "start", "body", "body"]
 
 
 async def test_nothing_is_sent_before_the_first_text() -> None:
-    stage = Stage(7.0, [], 7.0, ["a"], DONE)
-    await stage.play()
-    assert [at for at, _ in stage.sent] == [14.0, 14.0, 14.0]
-    assert stage.stream.first_chunk_at == 14.0
+    scenario = Scenario(7.0, [], 7.0, ["a"], DONE)
+    await scenario.run()
+    assert [at for at, _ in scenario.connection.sent] == [14.0, 14.0, 14.0]
+    assert scenario.report.first_chunk_at == 14.0
 
 
-async def test_a_heartbeat_commits_and_comes_again_while_nothing_is_sent() -> None:
-    stage = Stage(40.0, ["a"], 20.0, DONE)
-    await stage.play()
-    assert stage.heartbeats == [15.0, 30.0, 55.0]
-    assert stage.happened[:2] == ["start", "body"]
-    assert [event.get("chunk", event.get("status")) for event in stage.events] == ["a", "done"]
+async def test_terminal_event_follows_the_end_of_the_provider_and_the_stored_turn() -> None:
+    end = Completion("m-2", "length", {"total_tokens": 3})
+    scenario = Scenario(["a"], 1.0, ["b"], end)
+    scenario.storing = take(1.0)
+    await scenario.run()
+    assert scenario.log == ["start", "body", "body", "closed", "stored", "body"]
+    assert scenario.connection.sent[-1][0] == 2.0
+    assert [message["more_body"] for _, message in scenario.connection.sent[1:]] == [
+        True,
+        True,
+        False,
+    ]
+    assert scenario.finished == [("ab", end)]
+    report = scenario.report
+    assert (report.model, report.finish_reason, report.usage) == ("m-2", "length", end.usage)
 
 
-async def test_no_heartbeat_is_sent_while_pieces_flow() -> None:
-    stage = Stage(*repeated(20, 10.0, ["a"]), DONE)
-    await stage.play()
-    assert stage.heartbeats == []
-    assert len(stage.stream.chunks) == 20
-    assert stage.stream.max_chunk_gap == 10.0
-    assert stage.stream.waited == 200.0
+# Heartbeats
 
 
-async def test_reasoning_keeps_the_answer_alive_but_is_not_sent() -> None:
-    stage = Stage(*repeated(8, 25.0, []), DONE)
-    await stage.play()
-    assert stage.stream.outcome == "done"
-    assert stage.heartbeats == [15.0 * n for n in range(1, 14)]
-    assert [event["status"] for event in stage.events] == ["done"]
+async def test_heartbeat_sends_the_status_line_and_repeats_while_nothing_is_sent() -> None:
+    scenario = Scenario(40.0, ["a"], 20.0, DONE)
+    await scenario.run()
+    assert scenario.heartbeats == [15.0, 30.0, 55.0]
+    assert scenario.log[:2] == ["start", "body"]
+    assert [event.get("chunk", event.get("status")) for event in scenario.events] == ["a", "done"]
+
+
+async def test_no_heartbeat_is_sent_while_chunks_flow() -> None:
+    scenario = Scenario(*repeat(20, 10.0, ["a"]), DONE)
+    await scenario.run()
+    assert scenario.heartbeats == []
+    report = scenario.report
+    assert (report.chunks, report.max_chunk_gap, report.wait_seconds) == (20, 10.0, 200.0)
+
+
+async def test_activity_without_text_is_not_sent_and_prevents_the_idle_timeout() -> None:
+    scenario = Scenario(*repeat(8, 25.0, []), DONE)
+    await scenario.run()
+    assert scenario.report.outcome == "done"
+    assert scenario.heartbeats == [15.0 * n for n in range(1, 14)]
+    assert [event["status"] for event in scenario.events] == ["done"]
+
+
+# Deadlines of the provider
 
 
 @pytest.mark.parametrize(("idle", "heartbeat"), [("30", "15"), ("5", "15"), ("20", "86400")])
-async def test_a_provider_that_stops_is_waited_for_just_the_idle_timeout(
+async def test_silent_provider_is_aborted_exactly_at_the_idle_timeout(
     idle: str, heartbeat: str
 ) -> None:
-    stage = Stage(1.0, ["a"], 1000.0, IDLE_TIMEOUT_SECONDS=idle, HEARTBEAT_SECONDS=heartbeat)
-    await stage.play()
+    env = {"IDLE_TIMEOUT_SECONDS": idle, "HEARTBEAT_SECONDS": heartbeat}
+    scenario = Scenario(1.0, ["a"], 1000.0, pauses=(), **env)
+    await scenario.run()
     assert now() == 1.0 + float(idle)
-    assert stage.events[-1]["error"]["code"] == stage.stream.outcome == "upstream_timeout"
-    assert stage.happened[-3:] == ["closed", "settled", "body"]
+    assert scenario.events[-1]["error"]["code"] == scenario.report.outcome == "upstream_timeout"
+    assert scenario.log[-3:] == ["closed", "stored", "body"]
 
 
-async def test_a_provider_that_stops_after_its_reasoning_is_waited_for_no_longer() -> None:
-    stage = Stage(1.0, [], 1000.0, IDLE_TIMEOUT_SECONDS="10")
+async def test_silent_provider_that_may_finish_completes_at_the_idle_timeout() -> None:
+    scenario = Scenario(1.0, ["a"], 1000.0, DONE)
+    scenario.may_finish = True
+    await scenario.run()
+    assert now() == 31.0
+    assert scenario.events[-1]["status"] == "done"
+
+
+async def test_provider_that_is_silent_after_activity_without_text_raises_upstream_timeout() -> (
+    None
+):
+    scenario = Scenario(1.0, [], 1000.0, IDLE_TIMEOUT_SECONDS="10")
     with raises("upstream_timeout"):
-        await stage.play()
+        await scenario.run()
     assert now() == 11.0
-    assert stage.happened == ["closed", "settled"]
+    assert scenario.log == ["closed", "stored"]
 
 
-async def test_a_provider_that_has_not_begun_is_not_called_idle() -> None:
-    stage = Stage(500.0, ["a"], DONE)
-    await stage.play()
-    assert stage.stream.outcome == "done"
+async def test_idle_timeout_does_not_apply_before_the_first_chunk() -> None:
+    scenario = Scenario(500.0, ["a"], DONE)
+    await scenario.run()
+    assert scenario.report.outcome == "done"
 
 
-async def test_a_whole_answer_may_last_the_total_timeout() -> None:
-    stage = Stage(*repeated(100, 9.0, ["a"]), DONE)
-    await stage.play()
+async def test_stream_is_aborted_at_the_total_timeout() -> None:
+    scenario = Scenario(*repeat(100, 9.0, ["a"]), DONE)
+    await scenario.run()
     assert now() == 600.0
-    assert stage.events[-1]["error"] == {
-        "code": "upstream_timeout",
-        "message": "The model took too long for its answer.",
-        "retryable": True,
-        "retry_after": None,
-    }
-    assert len(stage.stream.chunks) == 66
+    error = scenario.events[-1]["error"]
+    assert (error["code"], error["retryable"]) == ("upstream_timeout", True)
+    assert "600 s" in error["message"]
+    assert scenario.report.chunks == 66
 
 
-async def test_time_in_which_the_client_takes_nothing_is_not_the_providers() -> None:
-    stage = Stage(
-        *repeated(25, 4.0, ["a"]), DONE, TOTAL_TIMEOUT_SECONDS="110", IDLE_TIMEOUT_SECONDS="5"
-    )
-    stage.on_send = after(1, taking(4.0))
-    await stage.play()
-    assert stage.stream.outcome == "done"
-    assert stage.stream.waited == 100.0
-    # Each of the 25 and the end of them.
-    assert stage.stream.blocked == 104.0
-    assert now() == 204.0
+# Clients that do not read
 
 
-async def test_a_slow_client_makes_an_answer_last_twice_as_long_at_most() -> None:
-    stage = Stage(*repeated(100, 1.0, ["a"]), DONE, TOTAL_TIMEOUT_SECONDS="100")
-    stage.on_send = after(1, taking(20.0))
-    await stage.play()
-    # Looked at when a message has been taken, for that is progress.
+async def test_time_in_which_the_client_does_not_read_does_not_count_against_the_provider() -> None:
+    env = {"TOTAL_TIMEOUT_SECONDS": "110", "IDLE_TIMEOUT_SECONDS": "5"}
+    scenario = Scenario(*repeat(25, 4.0, ["a"]), DONE, pauses=(0.0, *[4.0] * 25), **env)
+    await scenario.run()
+    assert scenario.report.outcome == "done"
+    # The provider does not wait for the first pause: its chunk is still held then.
+    assert now() == 196.0
+    assert scenario.report.wait_seconds == 196.0
+
+
+async def test_provider_is_not_asked_for_more_until_the_client_reads() -> None:
+    scenario = Scenario(["a"], 1.0, ["b"], 1.0, ["c"], DONE, pauses=(0.0, 0.0, 9.0))
+    await scenario.run()
+    assert [at for at, block in scenario.blocks if "chunk" in block] == [0.0, 1.0, 11.0]
+
+
+async def test_slow_client_extends_a_stream_to_twice_the_total_timeout() -> None:
+    script = repeat(100, 1.0, ["a"])
+    scenario = Scenario(*script, DONE, pauses=(0.0, *[20.0] * 100), TOTAL_TIMEOUT_SECONDS="100")
+    await scenario.run()
     assert 200.0 <= now() <= 221.0
-    assert stage.stream.outcome == "client_stalled"
-    assert stage.settled == [("a" * len(stage.stream.chunks), "client_stalled")]
-    assert stage.happened[-1] == "aborted"
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.finished == [("a" * scenario.report.chunks, "client_stalled")]
+    assert scenario.log[-1] == "reset"
 
 
 @pytest.mark.parametrize(("write", "heartbeat"), [("30", "15"), ("5", "15"), ("20", "86400")])
-async def test_a_client_that_takes_nothing_is_cut_after_just_the_write_timeout(
+async def test_client_that_does_not_read_is_reset_exactly_at_the_write_timeout(
     write: str, heartbeat: str
 ) -> None:
-    stage = Stage(1.0, ["a"], ["b"], DONE, WRITE_TIMEOUT_SECONDS=write, HEARTBEAT_SECONDS=heartbeat)
-    stage.on_send = after(2, stage.stall)
-    await stage.play()
-    assert now() == 1.0 + float(write)
-    assert stage.stream.outcome == "client_stalled"
-    assert stage.happened == ["start", "body", "closed", "settled", "aborted"]
-    assert stage.settled == [("ab", "client_stalled")]
+    env = {"WRITE_TIMEOUT_SECONDS": write, "HEARTBEAT_SECONDS": heartbeat}
+    scenario = Scenario(1.0, ["a"], 1.0, ["b"], ["c"], DONE, pauses=(0.0, 0.0, FOREVER), **env)
+    await scenario.run()
+    assert now() == 2.0 + float(write)
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.log == ["start", "body", "body", "closed", "stored", "reset"]
+    assert scenario.finished == [("ab", "client_stalled")]
 
 
-async def test_a_client_that_does_not_take_a_heartbeat_is_cut() -> None:
-    stage = Stage(["a"], 1000.0, IDLE_TIMEOUT_SECONDS="500")
-    stage.on_send = after(2, stage.stall)
-    await stage.play()
+async def test_client_that_stops_reading_at_a_heartbeat_is_reset() -> None:
+    scenario = Scenario(["a"], 1000.0, pauses=(0.0, 0.0, FOREVER), IDLE_TIMEOUT_SECONDS="500")
+    await scenario.run()
     assert now() == 15.0 + 30.0
-    assert stage.stream.outcome == "client_stalled"
-    assert stage.happened == ["start", "body", "closed", "settled", "aborted"]
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.log == ["start", "body", "body", "closed", "stored", "reset"]
 
 
-async def test_a_client_that_does_not_take_the_terminal_event_is_cut() -> None:
-    stage = Stage(["a"], DONE)
-    stage.on_send = after(2, stage.stall)
-    await stage.play()
-    assert now() == 30.0
-    assert stage.stream.outcome == "client_stalled"
-    assert stage.settled == [("a", DONE)]
-    assert stage.happened == ["start", "body", "closed", "settled", "aborted"]
+async def test_client_that_does_not_take_the_terminal_event_is_reset() -> None:
+    scenario = Scenario(["a"], 1.0, DONE, pauses=(0.0, FOREVER))
+    await scenario.run()
+    assert now() == 31.0
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.finished == [("a", DONE)]
+    assert scenario.log == ["start", "body", "closed", "stored", "reset"]
 
 
 @pytest.mark.parametrize(
     "end", [DONE, ServiceError("upstream_error", "It failed.")], ids=["done", "error"]
 )
-async def test_no_end_is_written_where_not_even_the_head_was_taken(
+async def test_client_that_does_not_take_the_status_line_is_reset(
     end: Completion | ServiceError,
 ) -> None:
-    stage = Stage(20.0, end)
-    # The heartbeat at 15 s is not taken and given up at 45 s; what would follow it is taken.
-    stage.on_send = first(stage.stall)
-    await stage.play()
-    assert stage.stream.outcome == "client_stalled"
-    assert stage.happened == ["closed", "settled", "aborted"]
+    scenario = Scenario(["a"], 100.0, end)
+    scenario.connection.stop_reading()
+    await scenario.run()
+    assert now() == 30.0
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.log == ["closed", "stored", "reset"]
 
 
-async def test_an_end_that_comes_before_the_head_was_taken_brings_the_head() -> None:
-    stage = Stage(["a"], DONE)
-    # A client that has not yet read the answer before this one.
-    stage.on_send = first(stage.stall)
-    ending = ServiceError("overloaded", "It ends early.")
-    asyncio.get_running_loop().call_later(1.0, stage.stream.abort, ending)
-    await stage.play()
-    assert stage.happened == ["closed", "settled", "start", "body"]
-    assert [event["error"]["code"] for event in stage.events] == ["overloaded"]
-    assert stage.settled == [("a", ending)]
+async def test_abort_before_the_status_line_was_taken_is_reported_in_the_stream() -> None:
+    scenario = Scenario(["a"], 100.0, DONE)
+    scenario.connection.stop_reading(5.0)
+    error = ServiceError("overloaded", "It ends early.")
+    asyncio.get_running_loop().call_later(1.0, scenario.stream.abort, error)
+    await scenario.run()
+    assert scenario.log == ["closed", "stored", "start", "body", "body"]
+    assert [event.get("chunk") for event in scenario.events] == ["a", None]
+    assert scenario.events[-1]["error"]["code"] == "overloaded"
 
 
-async def test_a_piece_that_comes_while_a_heartbeat_is_sent_waits_for_it() -> None:
-    stage = Stage(20.0, ["a"], DONE)
-    stage.on_send = taking(10.0)
-    await stage.play()
-    assert stage.happened[:3] == ["start", "body", "body"]
-    assert stage.heartbeats == [35.0]
-    assert [event.get("chunk", event.get("status")) for event in stage.events] == ["a", "done"]
+# Clients that disconnect
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "text"),
     [((1000.0,), ""), (([], 1000.0), ""), ((["a"], 25.0, ["b"], 1000.0), "ab")],
-    ids=["before anything", "in its reasoning", "in its text"],
+    ids=["before the first chunk", "after activity without text", "after text"],
 )
-async def test_a_client_that_leaves_ends_the_answer_at_once(
-    script: tuple[Step, ...], said: str
+async def test_disconnect_ends_the_stream_at_once_and_stores_the_text(
+    script: tuple[Step, ...], text: str
 ) -> None:
-    stage = Stage(*script)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.play)
-        await anyio.sleep(28.0)
-        stage.disconnect()
+    scenario = Scenario(*script)
+    await disconnect_at(28.0, scenario)
     assert now() == 28.0
-    assert stage.stream.outcome == "client_disconnected"
-    assert stage.settled == [(said, "client_disconnected")]
-    assert stage.happened[-2:] == ["closed", "settled"]
+    assert scenario.report.outcome == "client_disconnected"
+    assert scenario.finished == [(text, "client_disconnected")]
+    assert scenario.log[-2:] == ["closed", "stored"]
 
 
-async def test_what_else_a_client_sends_does_not_end_the_answer() -> None:
-    stage = Stage(1.0, ["a"], DONE)
-    stage.received = [{"type": "http.request", "body": b"", "more_body": False}]
-    await stage.play()
-    assert stage.stream.outcome == "done"
+async def test_disconnect_before_the_stream_starts_is_noticed() -> None:
+    scenario = Scenario(1.0, ["a"], DONE)
+    scenario.connection.disconnect()
+    await scenario.run()
+    assert scenario.connection.sent == []
+    assert scenario.finished == [("", "client_disconnected")]
+    assert scenario.report.outcome == "client_disconnected"
 
 
-async def test_a_client_that_left_before_its_turn_still_settles() -> None:
-    stage = Stage(0.0, ["a"], DONE)
-    stage.disconnect()
-    await stage.play()
-    assert stage.sent == []
-    assert stage.settled == [("", "client_disconnected")]
-    assert stage.stream.outcome == "client_disconnected"
+async def test_disconnect_while_the_turn_is_stored_prevents_the_terminal_event() -> None:
+    scenario = Scenario(["a"], 1.0, DONE)
 
-
-async def test_a_client_that_leaves_while_the_turn_is_stored_is_told_nothing() -> None:
-    stage = Stage(["a"], DONE)
-
-    async def leave() -> None:
-        stage.disconnect()
+    async def disconnect() -> None:
+        scenario.connection.disconnect()
         await anyio.sleep(1.0)
 
-    stage.on_settle = leave
-    await stage.play()
-    assert stage.settled == [("a", DONE)]
-    assert stage.stream.outcome == "client_disconnected"
-    assert stage.happened == ["start", "body", "closed", "settled"]
+    scenario.storing = disconnect
+    await scenario.run()
+    assert scenario.finished == [("a", DONE)]
+    assert scenario.report.outcome == "client_disconnected"
+    assert scenario.log == ["start", "body", "closed", "stored"]
 
 
-async def test_a_client_that_leaves_instead_of_taking_the_terminal_event_is_gone() -> None:
-    stage = Stage(["a"], 1.0, DONE)
-    stage.on_send = after(2, stage.stall)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.play)
-        await anyio.sleep(5.0)
-        stage.disconnect()
+async def test_disconnect_while_the_terminal_event_waits_is_not_a_stall() -> None:
+    scenario = Scenario(["a"], 1.0, DONE, pauses=(0.0, FOREVER))
+    await disconnect_at(5.0, scenario)
     assert now() == 5.0
-    assert stage.stream.outcome == "client_disconnected"
-    assert stage.happened == ["start", "body", "closed", "settled"]
+    assert scenario.report.outcome == "client_disconnected"
+    assert scenario.log == ["start", "body", "closed", "stored"]
 
 
-@pytest.mark.parametrize(
-    "script",
-    [(["a"], ["b"], 1000.0), (["a"], 1000.0), (["a"], DONE)],
-    ids=["a chunk", "a heartbeat", "the end"],
-)
-async def test_a_client_to_which_nothing_can_be_sent_is_gone(script: tuple[Step, ...]) -> None:
-    stage = Stage(*script)
-    # As ASGI says a server may tell that nobody is there.
-    stage.on_send = after(2, raising(OSError()))
-    await stage.play()
-    assert now() <= 15.0
-    assert stage.stream.outcome == "client_disconnected"
-    assert stage.happened == ["start", "body", "closed", "settled"]
-
-
-async def test_the_end_is_told_after_the_provider_is_closed_and_the_turn_stored() -> None:
-    stage = Stage(["a"], ["b"], Completion("m-2", "length", {"total_tokens": 3}))
-    stage.on_close = stage.on_settle = taking(1.0)
-    await stage.play()
-    assert stage.happened == ["start", "body", "body", "closed", "settled", "body"]
-    assert stage.sent[-1][0] == 2.0
-    assert [message["more_body"] for _, message in stage.sent[1:]] == [True, True, False]
-    assert stage.settled == [("ab", Completion("m-2", "length", {"total_tokens": 3}))]
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -491,17 +505,17 @@ async def test_the_end_is_told_after_the_provider_is_closed_and_the_turn_stored(
     ],
 )
 @pytest.mark.parametrize("script", [(), ([],), ([], 14.0)])
-async def test_what_fails_before_the_first_text_is_raised_for_a_status_of_its_own(
+async def test_error_before_the_first_text_is_raised(
     error: Exception, code: str, script: tuple[Step, ...]
 ) -> None:
-    stage = Stage(*script, error)
+    scenario = Scenario(*script, error)
     with pytest.raises(ServiceError) as caught:
-        await stage.play()
+        await scenario.run()
     assert caught.value is error or caught.value.__cause__ is error
-    assert caught.value.code == stage.stream.outcome == code
+    assert caught.value.code == scenario.report.outcome == code
     assert "secret" not in str(caught.value)
-    assert stage.happened == ["closed", "settled"]
-    assert stage.settled == [("", caught.value)]
+    assert scenario.log == ["closed", "stored"]
+    assert scenario.finished == [("", caught.value)]
 
 
 @pytest.mark.parametrize(
@@ -512,203 +526,174 @@ async def test_what_fails_before_the_first_text_is_raised_for_a_status_of_its_ow
     ],
 )
 @pytest.mark.parametrize("script", [(["a"],), (16.0,)], ids=["text", "heartbeat"])
-async def test_what_fails_after_the_commit_is_the_terminal_event(
+async def test_error_after_the_status_line_is_the_terminal_event(
     error: Exception, code: str, script: tuple[Step, ...]
 ) -> None:
-    stage = Stage(*script, error)
-    await stage.play()
-    end = stage.events[-1]
-    assert {**end, "error": end["error"]["code"]} == {
+    scenario = Scenario(*script, error)
+    await scenario.run()
+    event = scenario.events[-1]
+    assert {**event, "error": event["error"]["code"]} == {
         "status": "error",
         "id": "req_1",
         "session_id": "s_1",
         "error": code,
     }
-    assert end["error"]["retry_after"] == getattr(error, "retry_after", None)
-    assert "secret" not in end["error"]["message"]
-    assert stage.happened[-3:] == ["closed", "settled", "body"]
-    assert stage.stream.outcome == code
+    assert event["error"]["retry_after"] == getattr(error, "retry_after", None)
+    assert "secret" not in event["error"]["message"]
+    assert scenario.log.index("stored") < len(scenario.log) - 1
+    assert scenario.report.outcome == code
 
 
-async def test_a_provider_that_ends_without_saying_how_is_a_defect() -> None:
-    stage = Stage(["a"])
-    await stage.play()
-    assert stage.events[-1]["error"]["code"] == "internal_error"
+async def test_response_of_more_than_4_mib_is_an_upstream_error() -> None:
+    scenario = Scenario(*repeat(5, ["x" * 2**20]), DONE)
+    await scenario.run()
+    assert scenario.events[-1]["error"]["code"] == "upstream_error"
+    assert scenario.report.chunks == 3
 
 
-async def test_the_first_ending_counts() -> None:
-    stage = Stage(["a"], 1000.0)
+async def test_response_of_more_than_16_mib_as_sent_is_an_upstream_error() -> None:
+    scenario = Scenario(*repeat(50, ["x"] * 10_000), DONE)
+    await scenario.run()
+    assert scenario.events[-1]["error"]["code"] == "upstream_error"
+    sent = sum(len(m["body"]) for _, m in scenario.connection.sent if "body" in m)
+    assert sent < 17 * 2**20
+
+
+async def test_first_of_two_aborts_counts() -> None:
+    scenario = Scenario(["a"], 1000.0)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(stage.play)
+        tasks.start_soon(scenario.run)
         await anyio.sleep(1.0)
-        stage.stream.abort(ServiceError("overloaded", "The first."))
-        stage.stream.abort(ServiceError("upstream_error", "The second."))
+        scenario.stream.abort(ServiceError("overloaded", "The first."))
+        scenario.stream.abort(ServiceError("upstream_error", "The second."))
     assert now() == 1.0
-    assert stage.events[-1]["error"]["message"] == "The first."
-    assert [event for event in stage.events if "status" in event] == stage.events[-1:]
+    assert scenario.events[-1]["error"]["message"] == "The first."
+    assert [event for event in scenario.events if "status" in event] == scenario.events[-1:]
 
 
-async def test_a_client_that_is_cut_has_stalled_even_if_it_leaves_then() -> None:
-    stream = Stage(1000.0).stream
-    stream.abort("client_stalled")
-    stream.abort("client_disconnected")
-    assert (stream.end, stream.outcome) == ("client_stalled", "client_stalled")
-
-
-async def test_an_ending_that_comes_before_the_stream_finds_the_provider_asked() -> None:
-    stage = Stage(1000.0)
-    stage.stream.abort(ServiceError("overloaded", "It is over."))
+async def test_abort_before_the_stream_starts_calls_no_provider() -> None:
+    scenario = Scenario(1000.0)
+    scenario.stream.abort(ServiceError("overloaded", "It is over."))
     with raises("overloaded"):
-        await stage.play()
-    # What was never begun would have nothing to close.
-    assert stage.happened == ["closed", "settled"]
+        await scenario.run()
+    assert scenario.log == ["stored"]
     assert now() == 0
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ServiceError("overloaded", "Not stored."), "overloaded"),
+        (ServiceError("state_unavailable", "Not stored."), "state_unavailable"),
         (ValueError("secret"), "internal_error"),
     ],
 )
-async def test_a_turn_that_could_not_be_stored_is_the_terminal_event(
+async def test_turn_that_cannot_be_stored_is_reported_in_the_terminal_event(
     error: Exception, code: str
 ) -> None:
-    stage = Stage(["a"], DONE)
-    stage.on_settle = raising(error)
-    await stage.play()
-    assert [event.get("chunk") for event in stage.events] == ["a", None]
-    assert stage.events[-1]["error"]["code"] == code
-    assert stage.stream.outcome == code
+    scenario = Scenario(["a"], 1.0, DONE)
+    scenario.storing = fail(error)
+    await scenario.run()
+    assert [event.get("chunk") for event in scenario.events] == ["a", None]
+    assert scenario.events[-1]["error"]["code"] == scenario.report.outcome == code
 
 
-async def test_a_turn_that_could_not_be_stored_and_has_no_text_gets_a_status_of_its_own() -> None:
-    stage = Stage(DONE)
+async def test_turn_without_text_that_cannot_be_stored_raises() -> None:
+    scenario = Scenario(DONE)
     error = ServiceError("overloaded", "Not stored.")
-    stage.on_settle = raising(error)
+    scenario.storing = fail(error)
     with raises("overloaded") as caught:
-        await stage.play()
+        await scenario.run()
     assert caught.value is error
-    assert stage.sent == []
+    assert scenario.connection.sent == []
 
 
-@pytest.mark.parametrize(
-    "close", [raising(ValueError("secret")), anyio.sleep_forever], ids=["fails", "hangs"]
-)
-async def test_a_provider_that_does_not_close_does_not_keep_the_turn_from_being_stored(
-    close: Callable[[], Awaitable[object]],
-) -> None:
-    stage = Stage(["a"], ["b"], DONE)
-    stage.on_close = close
-    # The client is waited for, so the provider is closed and not cancelled.
-    stage.on_send = after(2, stage.stall)
-    await stage.play()
-    assert now() <= 30.0 + 2 * FINISH_SECONDS_LIMIT
-    assert stage.happened == ["start", "body", "closed", "settled", "aborted"]
-
-
-async def test_a_store_that_does_not_answer_does_not_hold_the_stream() -> None:
-    stage = Stage(["a"], DONE)
-    stage.on_settle = anyio.sleep_forever
-    await stage.play()
-    assert now() <= 2 * FINISH_SECONDS_LIMIT
+async def test_store_that_does_not_respond_is_given_up() -> None:
+    scenario = Scenario(["a"], 1.0, DONE)
+    scenario.storing = anyio.sleep_forever
+    await scenario.run()
+    assert now() == 1.0 + FINISH_SECONDS
     # A client that is told `done` relies on the turn.
-    assert stage.events[-1]["status"] == "error"
+    assert scenario.events[-1]["error"]["code"] == "state_unavailable"
 
 
 @pytest.mark.parametrize(
-    ("script", "said"), [((1000.0,), ""), ((["a"], 1000.0), "a")], ids=["silent", "begun"]
+    ("script", "text"), [((1000.0,), ""), ((["a"], 1000.0), "a")], ids=["no text", "text"]
 )
-async def test_a_request_that_is_cancelled_settles_all_the_same(
-    script: tuple[Step, ...], said: str
-) -> None:
-    stage = Stage(*script)
-    stage.on_settle = taking(1.0)
+async def test_cancelled_request_still_stores_its_text(script: tuple[Step, ...], text: str) -> None:
+    scenario = Scenario(*script)
+    scenario.storing = take(1.0)
     with anyio.move_on_after(10.0):
-        await stage.play()
+        await scenario.run()
     assert now() == 11.0
-    [(text, end)] = stage.settled
-    assert text == said
+    [(stored, end)] = scenario.finished
+    assert stored == text
+    assert isinstance(end, ServiceError)
     assert end.code == "internal_error"
 
 
-# ---- every ending, at moments drawn at random
+# Every end, at random moments
 
 MOMENTS = st.sampled_from([0.0, 0.001, 1.0, 5.0, 14.9, 15.0, 15.1, 29.9, 30.0, 30.1, 45.0, 100.0])
 STEPS = st.lists(MOMENTS | st.sampled_from([(), ("a",), ("b", "c")]).map(list), max_size=8)
-LAST = st.sampled_from(
-    [[], [DONE], [ServiceError("upstream_error", "It failed.")], [ValueError("secret")]]
-)
-# How long the client takes for each message; forever, until it leaves.
-TAKING = st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 14.0, 29.0, 31.0, 10.0**9]), max_size=8)
-SETTLING = st.sampled_from(
+LAST = st.sampled_from([DONE, ServiceError("upstream_error", "It failed."), ValueError("secret")])
+# How long the client does not read after each write.
+PAUSES = st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, 14.0, 29.0, 31.0, FOREVER]), max_size=8)
+STORING = st.sampled_from(
     [0.0, 0.0, 1.0, 6.0, ServiceError("overloaded", "Not stored."), ValueError("secret")]
 )
 
 
 @settings(deadline=None, max_examples=300)
-@given(STEPS, LAST, TAKING, SETTLING, SETTLING, st.none() | MOMENTS, st.none() | MOMENTS)
-def test_one_turn_is_stored_and_one_ending_told_whatever_meets_at_one_moment(
+@given(STEPS, LAST, PAUSES, STORING, st.none() | MOMENTS, st.none() | MOMENTS)
+def test_any_stream_stores_one_turn_and_sends_one_terminal_event(
     steps: list[Step],
-    last: list[Step],
-    taking_each: list[float],
-    closing: float | Exception,
+    last: Step,
+    pauses: list[float],
     storing: float | Exception,
-    leaving: float | None,
-    ending: float | None,
+    disconnecting: float | None,
+    aborting: float | None,
 ) -> None:
-    def acting(how: float | Exception) -> Callable[[], Awaitable[object]]:
-        return raising(how) if isinstance(how, Exception) else taking(how)
-
-    async def play() -> None:
-        stage = Stage(*steps, *last, TOTAL_TIMEOUT_SECONDS="120")
-        times = iter(taking_each)
-
-        async def take() -> None:
-            with anyio.move_on_after(next(times, 0.0)):
-                await stage.stall()
-
-        stage.on_send, stage.on_close, stage.on_settle = take, acting(closing), acting(storing)
+    async def run() -> None:
+        scenario = Scenario(*steps, last, pauses=tuple(pauses), TOTAL_TIMEOUT_SECONDS="120")
+        scenario.storing = fail(storing) if isinstance(storing, Exception) else take(storing)
         loop = asyncio.get_running_loop()
-        if leaving is not None:
-            loop.call_later(leaving, stage.disconnect)
-        if ending is not None:
-            loop.call_later(ending, stage.stream.abort, ServiceError("overloaded", "It ends."))
+        if disconnecting is not None:
+            loop.call_later(disconnecting, scenario.connection.disconnect)
+        if aborting is not None:
+            loop.call_later(aborting, scenario.stream.abort, ServiceError("overloaded", "Ends."))
         raised = None
         try:
-            await stage.play()
+            await scenario.run()
         except ServiceError as error:
             raised = error
-        check(stage, raised)
+        check_end(scenario, raised)
 
     with asyncio.Runner(loop_factory=JumpingLoop) as runner:
-        runner.run(play())
+        runner.run(run())
 
 
-def check(stage: Stage, raised: ServiceError | None) -> None:
-    """What every stream is like when it has ended, however it did."""
+def check_end(scenario: Scenario, raised: ServiceError | None) -> None:
+    """Assert what holds for every stream that has ended."""
     if raised is not None:
-        # The application answers it, so nothing may have been begun.
-        assert stage.sent == []
-        assert stage.stream.outcome in (raised.code, "client_disconnected")
-    [(text, end)] = stage.settled
-    assert "closed" not in stage.happened[stage.happened.index("settled") :]
-    kinds = [message["type"] for _, message in stage.sent]
-    assert (
-        kinds == ["http.response.start", *["http.response.body"] * (len(kinds) - 1)][: len(kinds)]
-    )
-    said = "".join(event.get("chunk", "") for event in stage.events)
-    assert text.startswith(said)
-    ends = [event for event in stage.events if "status" in event]
-    assert ends in ([], stage.events[-1:])
-    if not stage.sent or stage.has_left:
+        # The application answers with a status of its own, so nothing may have been sent.
+        assert scenario.connection.sent == []
+        assert scenario.report.outcome in (raised.code, "client_disconnected")
+    [(text, end)] = scenario.finished
+    assert "closed" not in scenario.log[scenario.log.index("stored") :]
+    kinds = [message["type"] for _, message in scenario.connection.sent]
+    expected = ["http.response.start", *["http.response.body"] * (len(kinds) - 1)]
+    assert kinds == expected[: len(kinds)]
+    sent = "".join(event.get("chunk", "") for event in scenario.events)
+    assert text.startswith(sent)
+    terminal = [event for event in scenario.events if "status" in event]
+    assert terminal in ([], scenario.events[-1:])
+    if not scenario.connection.sent or scenario.connection.disconnected:
         return
-    [told] = ends
-    assert stage.happened[-1] == "body"
-    assert stage.happened.index("settled") < len(stage.happened) - 1
-    assert [message["more_body"] for _, message in stage.sent[1:]].count(False) == 1
-    assert stage.sent[-1][1]["more_body"] is False
-    code = told["error"]["code"] if told["status"] == "error" else "done"
-    assert (code, "secret" in str(told)) == (stage.stream.outcome, False)
-    assert code != "done" or (said, end) == (text, DONE)
+    [event] = terminal
+    assert scenario.log[-1] == "body"
+    assert scenario.log.index("stored") < len(scenario.log) - 1
+    more = [message["more_body"] for _, message in scenario.connection.sent[1:]]
+    assert more == [True] * (len(more) - 1) + [False]
+    code = event["error"]["code"] if event["status"] == "error" else "done"
+    assert (code, "secret" in str(event)) == (scenario.report.outcome, False)
+    assert code != "done" or (sent, end) == (text, DONE)

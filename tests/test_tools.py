@@ -1,82 +1,105 @@
-"""What the project says of itself: the packages it stands on, its settings, its releases."""
+"""The tools: generated documentation, the package audit, the changelog and make's targets."""
 
 import json
 import re
 import subprocess
 import tomllib
 from datetime import date
+from pathlib import Path
 
 import pytest
 
-from tools import configuration, dependencies
-from tools.audit import ROOT, decision
-from tools.readme import PARTS, README, split
+import service
+from tools import configuration
+from tools.audit import evaluate
+from tools.docs import DOCS, PAGES, split
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+# ---- generated files
 
 
-def part(name: str) -> str:
-    """A part of the README that is made from the code."""
-    return split(README.read_text(encoding="utf-8"), name)[1]
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_part_of_page_is_up_to_date(name: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    assert split(text)[1] == PAGES[name](), "run `make docs`"
 
 
-def rows(text: str) -> list[list[str]]:
-    """The cells of a table, without the sizes, which differ from one platform to the next."""
-    cells = [line.strip("| ").split(" | ") for line in text.splitlines()]
-    return [[*row[:3], row[-1]] for row in cells]
+def test_env_example_is_up_to_date() -> None:
+    text = configuration.EXAMPLE.read_text(encoding="utf-8")
+    assert text == configuration.example(), "run `make docs`"
 
 
-def test_the_readme_lists_every_locked_package_as_it_is() -> None:
-    assert rows(part("dependencies")) == rows(dependencies.table())
+# ---- the package and its dependencies
 
 
-@pytest.mark.parametrize("name", ["endings", "settings"])
-def test_the_readme_says_what_the_code_says(name: str) -> None:
-    assert part(name) == PARTS[name](), "run `make docs`"
+def test_every_module_is_packaged_and_measured_for_coverage() -> None:
+    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    assert PYPROJECT["tool"]["setuptools"]["py-modules"] == modules
+    # redis_state is measured by `make test-all`, because it needs Redis.
+    measured = PYPROJECT["tool"]["coverage"]["run"]["source_pkgs"]
+    assert measured == [name for name in modules if name != "redis_state"]
 
 
-def test_the_example_of_an_env_says_what_the_code_says() -> None:
-    assert configuration.EXAMPLE.read_text(encoding="utf-8") == configuration.example()
+def test_every_dependency_has_a_reason_and_is_in_the_audit_guide() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("\ndependencies = [\n")[2].partition("\n]")[0]
+    reasons = dict(re.findall(r'^    "([a-z-]+)[^"]*", # (.+)$', section, re.MULTILINE))
+    names = {re.split("[<>=]", each)[0] for each in PROJECT["dependencies"]}
+    assert reasons.keys() == names
+    guide = (DOCS / "audit.md").read_text(encoding="utf-8")
+    assert names == set(re.findall(r"^\| `([a-z-]+)` \|", guide, re.MULTILINE))
 
 
-def test_every_package_is_direct_or_needed_and_has_a_licence() -> None:
-    for row in rows(dependencies.table())[2:]:
-        assert row[2] not in ("", "UNKNOWN")
-        assert row[3] != "needed by "
+def test_every_locked_package_has_a_version_and_hashes() -> None:
+    files = sorted((ROOT / "requirements").glob("*.txt"))
+    assert len(files) > 3
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        entries = re.split(r"\n(?=\S)", text.strip())
+        for entry in entries:
+            assert re.match(r"[a-z0-9-]+(\[[a-z0-9,-]+\])?==\S+", entry), entry
+            assert "--hash=sha256:" in entry, entry
+        assert "://" not in text, "an index address or a URL"
 
 
 @pytest.mark.parametrize(
-    ("packages", "status", "told"),
+    ("packages", "status", "summary"),
     [
-        ([{"name": "a", "version": "1", "vulns": []}], 0, "No weakness is known in 1 packages"),
+        ([{"name": "a", "version": "1", "vulns": []}], 0, "No known vulnerabilities in 1 packages"),
         (
             [
                 {"name": "a", "version": "1", "vulns": [{"id": "X-1"}]},
                 {"name": "b", "skip_reason": ""},
             ],
             1,
-            "Known weaknesses:\na 1: X-1",
+            "Known vulnerabilities:\na 1: X-1",
         ),
         (
             [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}],
             2,
-            "The database of weaknesses said nothing of 1 of 2 packages: b",
+            "The vulnerability database does not know these packages: b",
         ),
         (
             [{"name": "a", "skip_reason": "not found"}, {"name": "b", "skip_reason": "not found"}],
             2,
-            "The database of weaknesses can't be reached: it knows none of 2 packages",
+            "The vulnerability database is unavailable: it knows none of the 2 packages",
         ),
     ],
+    ids=["clean", "vulnerable", "partly_unknown", "all_unknown"],
 )
-def test_an_audit_says_what_is_known(
-    packages: list[dict[str, object]], status: int, told: str
+def test_audit_reports_what_pip_audit_found(
+    packages: list[dict[str, object]], status: int, summary: str
 ) -> None:
-    assert decision(json.dumps({"dependencies": packages}), "") == (status, told)
+    assert evaluate(json.dumps({"dependencies": packages}), "") == (status, summary)
 
 
-def test_an_audit_without_a_database_is_not_a_clean_one() -> None:
-    assert decision("", "Traceback\nConnectionError: no route\n") == (
+def test_audit_without_database_is_not_clean() -> None:
+    assert evaluate("", "Traceback\nConnectionError: no route\n") == (
         2,
-        "The database of weaknesses can't be reached: ConnectionError: no route",
+        "The vulnerability database is unavailable: ConnectionError: no route",
     )
 
 
@@ -84,7 +107,7 @@ def test_an_audit_without_a_database_is_not_a_clean_one() -> None:
 
 
 def releases(changelog: str) -> list[str]:
-    """The released versions, newest first; every heading has the form of Keep a Changelog."""
+    """Return the released versions, newest first. Check that headings follow Keep a Changelog."""
     unreleased, *rest = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
     assert unreleased == "[Unreleased]"
     matches = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", each) for each in rest]
@@ -94,7 +117,7 @@ def releases(changelog: str) -> list[str]:
     return [version for _, version in dated]
 
 
-def test_a_changelog_is_read_as_it_is_meant() -> None:
+def test_invalid_changelog_heading_is_found() -> None:
     text = "# Changelog\n## [Unreleased]\n### Added\n## [0.2.0] - 2027-02-01\n"
     text += "## [0.1.0] - 2027-01-31\n"
     assert releases(text) == ["0.2.0", "0.1.0"]
@@ -103,17 +126,16 @@ def test_a_changelog_is_read_as_it_is_meant() -> None:
             releases(text.replace("2027-02-01", broken))
 
 
-def test_the_version_is_the_newest_release_of_the_changelog() -> None:
-    released = releases((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    # Before the first release there is none to compare with.
-    assert project["version"] == (released or ["0.1.0"])[0]
+def test_version_is_the_newest_release_in_the_changelog() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert PROJECT["version"] == releases(changelog)[0]
+    assert PROJECT["version"] == service.VERSION
 
 
-def test_make_help_lists_every_command() -> None:
+def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
-    asked = ["make", "--no-print-directory", "help"]
-    printed = subprocess.run(asked, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    assert [line.split()[1] for line in printed.splitlines()] == targets
+    command = ["make", "--no-print-directory", "help"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert [line.split()[1] for line in output.splitlines()] == targets
     assert f".PHONY: {' '.join(targets)}\n" in makefile

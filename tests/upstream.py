@@ -1,4 +1,4 @@
-"""A provider made of bytes, on a real socket: each test writes down what it sends and when."""
+"""A scripted provider on a real socket: each test decides which bytes it sends and when."""
 
 import asyncio
 import json
@@ -19,23 +19,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(chunk: object) -> bytes:
-    """One event of a stream, holding `chunk` as JSON."""
+    """Return a server-sent event with `chunk` as JSON."""
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 def delta(content: object = None, **choice: object) -> bytes:
-    """The event of a chunk with one choice: `delta("Hi")`, `delta(finish_reason="stop")`."""
+    """Return an event with one choice: `delta("Hi")`, `delta(finish_reason="stop")`."""
     inner = {"content": content} if content is not None else {}
     return event({"model": "m-1", "choices": [{"index": 0, "delta": inner, **choice}]})
 
 
 def http_chunk(data: bytes) -> bytes:
-    """`data` as one chunk of the chunked transfer encoding."""
+    """Return `data` as one chunk of the chunked transfer encoding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def response(status: int, body: bytes, *headers: str) -> bytes:
-    """A whole HTTP response; JSON unless `headers` say otherwise."""
+    """Return a whole HTTP response, JSON unless `headers` contain a content type."""
     lines = [f"HTTP/1.1 {status} Status", f"content-length: {len(body)}", *headers]
     if not any(line.lower().startswith("content-type:") for line in headers):
         lines.append("content-type: application/json")
@@ -44,14 +44,14 @@ def response(status: int, body: bytes, *headers: str) -> bytes:
 
 @dataclass
 class Connection:
-    """One request that reached the upstream, and the socket it came on."""
+    """One request that reached the upstream, and its connection."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     path: str
     headers: dict[str, str]
     body: Any
-    # Set when the other side has closed or reset the connection.
+    # Set when the service has closed or reset the connection.
     closed: asyncio.Event
 
     async def send(self, data: bytes) -> None:
@@ -59,15 +59,15 @@ class Connection:
         await self.writer.drain()
 
     async def stream(self, *events: bytes) -> None:
-        """The head of a stream, these events, each a chunk of its own, and no end."""
+        """Start a stream: send the headers and these events, each in its own HTTP chunk."""
         await self.send(HEAD + b"".join(http_chunk(data) for data in events))
 
-    async def more(self, *events: bytes) -> None:
-        """Further events of a stream that has begun."""
+    async def send_events(self, *events: bytes) -> None:
+        """Send more events of a stream that has started."""
         await self.send(b"".join(http_chunk(data) for data in events))
 
     async def complete(self, *texts: str) -> None:
-        """A whole answer of these chunks, ended as OpenAI ends one."""
+        """Send a whole stream with these chunks and OpenAI's ending."""
         chunks = [delta(text) for text in texts]
         usage = {
             "prompt_tokens": 1,
@@ -79,7 +79,7 @@ class Connection:
         await self.send(END)
 
     def reset(self) -> None:
-        """Close with a RST, as a crashed server or a firewall does."""
+        """Reset the connection, as a crashed server or a firewall does."""
         linger = struct.pack("ii", 1, 0)
         self.writer.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, linger)
         self.writer.transport.abort()
@@ -90,20 +90,20 @@ Script = Callable[[Connection], Awaitable[None]]
 
 @dataclass
 class Upstream:
-    """The listening side. Each request is handed to `script`; when that returns, the connection
-    stays open unless the script closed it."""
+    """A listening provider. Each request runs `script`. The connection stays open afterwards,
+    unless the script closed it."""
 
     url: str
     script: Script
     requests: list[Connection] = field(default_factory=list)
     connections: int = 0
-    # Grows with every request, so that a test can wait for one.
-    arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def request(self, number: int = 0) -> Connection:
-        """The request of that number, waited for if it has not come yet."""
-        async with self.arrived:
-            await self.arrived.wait_for(lambda: len(self.requests) > number)
+    async def wait_for_request(self, number: int = 0) -> Connection:
+        """Return request `number`; wait until it arrives."""
+        while len(self.requests) <= number:
+            self._changed.clear()
+            await self._changed.wait()
         return self.requests[number]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,9 +112,8 @@ class Upstream:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 connection = await _parse(head, reader, writer)
-                async with self.arrived:
-                    self.requests.append(connection)
-                    self.arrived.notify_all()
+                self.requests.append(connection)
+                self._changed.set()
                 await self.script(connection)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
@@ -128,14 +127,14 @@ async def _parse(
     request_line, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
     pairs = (line.split(": ", 1) for line in lines)
     headers = {name.lower(): value for name, value in pairs}
-    body = await reader.readexactly(int(headers["content-length"]))
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
     path = request_line.split(" ")[1]
-    watched = cast(_Watched, writer.transport.get_protocol())
-    return Connection(reader, writer, path, headers, json.loads(body), watched.closed)
+    protocol = cast(_WatchedProtocol, writer.transport.get_protocol())
+    return Connection(reader, writer, path, headers, json.loads(body or b"null"), protocol.closed)
 
 
-class _Watched(asyncio.StreamReaderProtocol):
-    """Tells of the peer's leaving at once, not when somebody next reads."""
+class _WatchedProtocol(asyncio.StreamReaderProtocol):
+    """Sets `closed` as soon as the peer disconnects, whether or not the script reads."""
 
     def __init__(self, serve: Callable[..., Awaitable[None]]) -> None:
         super().__init__(asyncio.StreamReader(), serve)
@@ -154,7 +153,7 @@ class _Watched(asyncio.StreamReaderProtocol):
 async def running_upstream(
     script: Script, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Upstream]:
-    """An upstream on a free port of 127.0.0.1; its sockets are gone when the block ends."""
+    """Run an upstream on a free port of 127.0.0.1. Close its sockets on exit."""
     upstream = Upstream("", script)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -170,7 +169,7 @@ async def running_upstream(
             tasks.discard(task)
 
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Watched(serve), "127.0.0.1", 0, ssl=tls)
+    server = await loop.create_server(lambda: _WatchedProtocol(serve), "127.0.0.1", 0, ssl=tls)
     scheme = "https" if tls else "http"
     upstream.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:

@@ -1,1 +1,1 @@
-"""What writes the files that are made from the code. Nothing here is part of the service."""
+"""Programs that write generated files, audit the packages and test clients."""

@@ -1,8 +1,7 @@
-"""Asks whether weaknesses are known in the locked packages, and lists what they are.
+"""Check the locked packages for known vulnerabilities and write sbom.cdx.json (CycloneDX).
 
-`make audit` runs it. Writes `sbom.cdx.json` (CycloneDX) from an environment that holds the locked
-requirements and nothing else. Ends with 1 if a weakness is known, with 2 if the database could not
-be asked about every package: then nothing is known of those, which is not the same as no weakness.
+`make audit` runs it. Exit status 1: a vulnerability is known. Exit status 2: the database could not
+be queried for every package, so the result is unknown.
 """
 
 import json
@@ -13,51 +12,52 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+LOCK = "requirements/run.txt"
 SBOM = "sbom.cdx.json"
+UNAVAILABLE = "The vulnerability database is unavailable"
 
 
 def write_sbom() -> None:
+    """Install the locked packages alone in a temporary environment and list them."""
     with TemporaryDirectory() as directory:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
         pip = [sys.executable, "-m", "pip", "--python", directory, "install", "--quiet"]
-        subprocess.run([*pip, "--require-hashes", "-r", "requirements.txt"], cwd=ROOT, check=True)
-        made = [f"{BIN}/cyclonedx-py", "environment", "--pyproject", "pyproject.toml"]
-        made += ["--output-reproducible", "-o", SBOM, directory]
-        subprocess.run(made, cwd=ROOT, check=True)
+        subprocess.run([*pip, "--require-hashes", "-r", LOCK], cwd=ROOT, check=True)
+        command = [f"{BIN}/cyclonedx-py", "environment", "--pyproject", "pyproject.toml"]
+        command += ["--output-reproducible", "-o", SBOM, directory]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
-def decision(report: str, stderr: str) -> tuple[int, str]:
-    """The exit status and what to tell, from what pip-audit printed."""
+def evaluate(report: str, stderr: str) -> tuple[int, str]:
+    """Return the exit status and a summary of pip-audit's output."""
     try:
         packages = json.loads(report)["dependencies"]
     except ValueError:
-        reason = (stderr.strip().splitlines() or ["pip-audit said nothing"])[-1]
-        return 2, f"The database of weaknesses can't be reached: {reason}"
-    weak = [
-        f"{package['name']} {package['version']}: {weakness['id']}"
+        reason = (stderr.strip().splitlines() or ["pip-audit printed nothing"])[-1]
+        return 2, f"{UNAVAILABLE}: {reason}"
+    vulnerable = [
+        f"{package['name']} {package['version']}: {vulnerability['id']}"
         for package in packages
-        for weakness in package.get("vulns", ())
+        for vulnerability in package.get("vulns", ())
     ]
     unknown = [package["name"] for package in packages if "skip_reason" in package]
-    if weak:
-        return 1, "\n".join(["Known weaknesses:", *weak])
+    if vulnerable:
+        return 1, "\n".join(["Known vulnerabilities:", *vulnerable])
     if unknown and len(unknown) == len(packages):
-        reason = f"it knows none of {len(packages)} packages"
-        return 2, f"The database of weaknesses can't be reached: {reason}"
+        return 2, f"{UNAVAILABLE}: it knows none of the {len(packages)} packages"
     if unknown:
-        told = f"The database of weaknesses said nothing of {len(unknown)} of {len(packages)}"
-        return 2, f"{told} packages: {', '.join(unknown)}"
-    return 0, f"No weakness is known in {len(packages)} packages"
+        return 2, f"The vulnerability database does not know these packages: {', '.join(unknown)}"
+    return 0, f"No known vulnerabilities in {len(packages)} packages"
 
 
 def main() -> None:
     write_sbom()
-    sys.stdout.write(f"{SBOM} lists the packages\n")
-    asked = [f"{BIN}/pip-audit", "-r", "requirements.txt", "--require-hashes", "--disable-pip"]
-    asked += ["--format", "json", "--progress-spinner", "off"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    status, told = decision(done.stdout, done.stderr)
-    sys.stdout.write(f"{told}\n")
+    sys.stdout.write(f"Wrote {SBOM}\n")
+    command = [f"{BIN}/pip-audit", "-r", LOCK, "--require-hashes", "--disable-pip"]
+    command += ["--format", "json", "--progress-spinner", "off"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    status, summary = evaluate(done.stdout, done.stderr)
+    sys.stdout.write(f"{summary}\n")
     sys.exit(status)
 
 

@@ -1,42 +1,35 @@
-"""Writes static/openapi.json: the contract as OpenAPI 3.1, with the schemas of the very models that
-read requests and write events and errors.
+"""Write static/openapi.json, the HTTP API as OpenAPI 3.1; `make openapi` runs it.
 
-`python -m tools.openapi`; `make openapi` runs it. What no model says stands here: the routes, which
-error each may answer, and the headers.
+Schemas come from the models that parse requests and write events and errors. The routes, their
+headers and their errors are declared here.
 """
 
 import json
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel
-from pydantic.json_schema import (
-    GenerateJsonSchema,
-    JsonSchemaMode,
-    JsonSchemaValue,
-    models_json_schema,
-)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
-import errors
 from chat import ChatRequest, ChunkEvent, DoneEvent, ErrorEvent
-from errors import ErrorBody, ServiceError
+from errors import KINDS, Code, ErrorBody
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "static" / "openapi.json"
 Object = dict[str, Any]  # a part of the document
+JSON = "application/json"
 
 
 class Models(BaseModel):
-    """What the caller may ask for; `default` answers a request that names no model."""
+    """The models that callers may request. `default` is used when a request names none."""
 
     default: str
     models: list[str]
 
 
 class SessionMessage(BaseModel):
-    """`complete` is false where an answer was cut."""
+    """A message. `complete` is false if the response was cut short."""
 
     role: Literal["user", "assistant"]
     content: str
@@ -45,7 +38,7 @@ class SessionMessage(BaseModel):
 
 
 class SessionView(BaseModel):
-    """What the assistant remembers, the oldest message first, and until when it will."""
+    """The retained messages of a session, oldest first."""
 
     session_id: str
     created_at: AwareDatetime
@@ -53,260 +46,254 @@ class SessionView(BaseModel):
     messages: list[SessionMessage]
 
 
-READ: list[tuple[type[BaseModel], JsonSchemaMode]] = [(ChatRequest, "validation")]
-WRITTEN: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-    (model, "serialization")
-    for model in (ChunkEvent, DoneEvent, ErrorEvent, ErrorBody, Models, SessionView)
-]
+EVENTS = (ChunkEvent, DoneEvent, ErrorEvent)
+WRITTEN = (*EVENTS, ErrorBody, Models, SessionView)
 
-WHEN: dict[errors.Code, str] = {
+MEANINGS: dict[Code, str] = {
     "invalid_json": "the body is not a JSON object in UTF-8",
-    "invalid_api_key": "the key is unknown, or one is needed",
-    "not_found": "there is no such route",
-    "session_not_found": "the session has ended, was never there, or is not the caller's",
-    "method_not_allowed": "the route takes the methods that `Allow` names",
+    "invalid_api_key": "the API key is unknown, or missing where one is required",
+    "not_found": "no such route",
+    "session_not_found": "the session does not exist, has expired or belongs to another caller",
+    "method_not_allowed": "the route does not accept this method; `Allow` lists those it accepts",
     "request_timeout": "the body did not arrive in time",
-    "session_busy": "another answer is being written in this session",
-    "body_too_large": "the body is larger than the service allows",
-    "unsupported_media_type": "the body is not sent as `application/json`",
-    "invalid_request": "a field is wrong; `fields` says which and why",
-    "context_too_long": "the conversation is too long for the model, says the provider",
-    "content_refused": "the provider's policy refuses the conversation",
-    "rate_limited": "the caller asked too often",
-    "too_many_streams": "the caller has as many answers open as it may",
-    "upstream_error": "the provider refused, failed or answered nonsense",
-    "upstream_incomplete": "the provider broke off its answer",
+    "session_busy": "another response is running in this session",
+    "body_too_large": "the body exceeds the limit",
+    "unsupported_media_type": "the Content-Type is not `application/json`",
+    "invalid_request": "a field is invalid; `fields` lists each with the reason",
+    "context_too_long": "the conversation is too long for the model",
+    "content_refused": "the provider's policy rejects the conversation",
+    "rate_limited": "the caller exceeded its rate limit",
+    "too_many_streams": "the caller has as many open streams as it may have",
+    "upstream_error": "the provider failed, rejected the request or sent a malformed response",
+    "upstream_incomplete": "the provider's stream ended before the response was complete",
     "upstream_unavailable": "the provider is overloaded, or the quota there is used up",
     "upstream_timeout": "the provider took too long",
-    "internal_error": "the service has a defect: report the request id",
-    "overloaded": "as many answers are open as the service can hold",
-    "shutting_down": "the service is being stopped",
-    "state_unavailable": "sessions or limits can't be read or stored",
+    "internal_error": "a bug in the service; report the request id",
+    "overloaded": "the service is at its limit of concurrent streams",
+    "shutting_down": "the service is shutting down",
+    "state_unavailable": "the session store or the shared rate limiter does not respond",
 }
+# The errors of each kind of route, besides internal_error.
+LIMITED: set[Code] = {"invalid_api_key", "rate_limited"}
+SESSION: set[Code] = {*LIMITED, "invalid_request", "session_not_found", "state_unavailable"}
+CHAT: set[Code] = {*KINDS} - {"not_found", "method_not_allowed"}
+READY: set[Code] = {"shutting_down", "state_unavailable"}
 
-JSON = "application/json"
 ID: Object = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
 BUCKET = '"(anonymous|key)"'
 HEADERS: Object = {
     "X-Request-ID": {
-        "description": "The request's own if it was usable, else a new one.",
+        "description": "The request's own id if it is valid, otherwise a generated one.",
         "required": True,
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:+/=-]{1,128}$"},
     },
     "X-Session-ID": {
-        "description": "Of the conversation that the answer belongs to.",
+        "description": "The session of this response.",
         "required": True,
         "schema": ID,
     },
     "RateLimit-Policy": {
-        "description": "The caller's bucket: `q` requests in `w` seconds. Absent without a limit.",
+        "description": "The caller's limit: `q` requests in `w` seconds. Absent without a limit.",
         "schema": {"type": "string", "pattern": f"^{BUCKET};q=[0-9]+;w=[0-9]+$"},
     },
     "RateLimit": {
-        "description": "What is left: `r` requests now, one more in `t` seconds.",
+        "description": "`r` requests are left, and one more is added in `t` seconds.",
         "schema": {"type": "string", "pattern": f"^{BUCKET};r=[0-9]+;t=[0-9]+$"},
     },
     "Retry-After": {
-        "description": "Seconds to wait, wherever `retry_after` is a number.",
+        "description": "Seconds to wait before a retry, if `retry_after` is a number.",
         "schema": {"type": "integer", "minimum": 0},
     },
     "WWW-Authenticate": {"required": True, "schema": {"type": "string", "const": "Bearer"}},
     "Allow": {
-        "description": "The methods that the route takes.",
+        "description": "The methods that the route accepts.",
         "required": True,
         "schema": {"type": "string"},
     },
 }
-PARAMETERS: Object = {
-    "X-Request-ID": {
-        "name": "X-Request-ID",
-        "in": "header",
-        "description": "1 to 128 of `A-Z a-z 0-9 . _ : + / = -`, to find the request again. The"
-        " answer has it too; in place of any other, one of the service's own.",
-        "schema": {"type": "string"},
-    },
+# On every response that passed the rate limiter.
+LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
+ERROR_HEADERS: dict[Code, str] = {
+    "invalid_api_key": "WWW-Authenticate",
+    "method_not_allowed": "Allow",
 }
-# They come with every answer that passed the limiter.
-LIMITS = ("RateLimit-Policy", "RateLimit")
-# Headers of one kind of error.
-OWN_HEADER = {errors.InvalidAPIKey: "WWW-Authenticate", errors.MethodNotAllowed: "Allow"}
-
-Kinds = set[type[ServiceError]]
-ANYWHERE: Kinds = {errors.InternalError}
-LIMITED: Kinds = {*ANYWHERE, errors.InvalidAPIKey, errors.RateLimited}
-ON_SESSION: Kinds = {
-    *LIMITED,
-    errors.InvalidRequest,
-    errors.SessionNotFound,
-    errors.StateUnavailable,
+REQUEST_ID: Object = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "description": "Your own id for this request: 1 to 128 of `A-Z a-z 0-9 . _ : + / = -`. The"
+    " response repeats it. An invalid id is replaced by a generated one.",
+    "schema": {"type": "string"},
 }
-CHAT: Kinds = {
-    *ON_SESSION,
-    *errors.CallerError.__subclasses__(),
-    *errors.ProviderError.__subclasses__(),
-    *errors.OurError.__subclasses__(),
-} - {errors.NotFound, errors.MethodNotAllowed}
-READY: Kinds = {*ANYWHERE, errors.ShuttingDown, errors.StateUnavailable}
-# A key is optional, unless the service is told to answer nobody without one.
-ANYBODY: list[Object] = [{}, {"key": []}]
 
 ABOUT = """\
-One POST in, one event stream out. Every answer has an `X-Request-ID`, every error the same JSON \
-body. A path that is not listed is answered 404 `not_found`, another method of one that is 405 \
-`method_not_allowed` with `Allow`; a `Host` that the service is not told to answer, a bare 400."""
+Streaming chat over HTTP: one POST per message, one event stream per response. Every response has \
+an `X-Request-ID`; every error has the same JSON body. A path that is not listed is 404 \
+`not_found`. A method that is not listed is 405 `method_not_allowed`, with `Allow`. A `Host` that \
+is not in ALLOWED_HOSTS is 400 without a JSON body."""
 MESSAGE = """\
-Has to hold something visible, and at most as many characters as the service allows: 8,000 unless \
-it is told otherwise."""
+Must contain visible text. The maximum is MAX_MESSAGE_CHARS code points, 8,000 by default."""
 STREAM = """\
-The answer, as Server-Sent Events: each event is one `data:` line that holds a ChatEvent in JSON, \
-and a blank line; lines that begin with `:` are to be ignored. Exactly one event with `status` \
-ends every stream; a stream that closes without one was cut on its way. This status is sent with \
-the first chunk of text, or after 15 s of silence: until then a failure has a status of its own, \
-later it is the last event."""
+Server-sent events. Each event is one `data:` line with a ChatEvent as JSON, followed by a blank \
+line. Lines that begin with `:` are comments and keep the connection alive. Exactly one event \
+with a `status` ends the stream. If the connection closes without one, the response is \
+incomplete. The status line is sent with the first chunk or after 15 s; earlier failures have \
+their own HTTP status, and later ones are the last event."""
 
 
 class Schema(GenerateJsonSchema):
-    """pydantic's, without the titles, which only repeat the names."""
+    """pydantic's schemas without titles, which only repeat the names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
-def schemas() -> JsonSchemaValue:
-    _, found = models_json_schema(
-        [*READ, *WRITTEN], schema_generator=Schema, ref_template="#/components/schemas/{model}"
-    )
-    made: JsonSchemaValue = found["$defs"]
-    request = made["ChatRequest"]
-    for schema in made.values():
-        schema.pop("title")
-        schema["description"] = " ".join(schema["description"].split())
-        if schema is not request:
-            # What the service writes it writes in full.
-            schema["required"] = list(schema["properties"])
-    fields = request["properties"]
-    # A validator of our own looks for something visible, once the text is cleaned.
-    fields["message"] |= {"minLength": 1, "description": MESSAGE}
-    fields["model_id"]["description"] = "One of GET /api/v1/models; null or absent: the default."
-    fields["session_id"]["description"] = "Of an earlier answer, or your own; absent: a new one."
-    request["examples"] = [{"message": "Hello"}]
-    events = [reference("schemas", name) for name in ("ChunkEvent", "DoneEvent", "ErrorEvent")]
-    made["ChatEvent"] = {"oneOf": events, "description": "What the `data` of an event holds."}
-    # OpenAPI 3.2 (4.14.4) has such a schema for each event of a stream. In 3.1 some tools take a
-    # stream's schema for that of an event, others for that of the whole text: it allows either.
-    data = {
-        "type": "string",
-        "contentMediaType": JSON,
-        "contentSchema": reference("schemas", "ChatEvent"),
-    }
-    made["Event"] = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-    return made
-
-
-def reference(kind: str, name: str) -> Object:
+def ref(kind: str, name: str) -> Object:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
+def schemas() -> Object:
+    mode: JsonSchemaMode = "serialization"
+    _, definitions = models_json_schema(
+        [(ChatRequest, "validation"), *((model, mode) for model in WRITTEN)],
+        schema_generator=Schema,
+        ref_template="#/components/schemas/{model}",
+    )
+    result: Object = definitions["$defs"]
+    for name, schema in result.items():
+        schema.pop("title")
+        schema["description"] = " ".join(schema["description"].split())
+        if name != "ChatRequest":
+            # The service always writes every field, also those with a default.
+            schema["required"] = list(schema["properties"])
+    fields = result["ChatRequest"]["properties"]
+    # Whether text is visible is checked by code, which no JSON Schema can express.
+    fields["message"] |= {"minLength": 1, "description": MESSAGE}
+    fields["model_id"]["description"] = "One of GET /api/v1/models. Absent or null: the default."
+    fields["session_id"]["description"] = (
+        "The session to continue, or an id of your own. Absent or null: a new session."
+    )
+    result["ChatRequest"]["examples"] = [{"message": "Hello"}]
+    result["ChatEvent"] = {
+        "oneOf": [ref("schemas", event.__name__) for event in EVENTS],
+        "description": "The JSON in an event's `data` line.",
+    }
+    # OpenAPI 3.2 (4.14.4) describes each event of a stream this way. In OpenAPI 3.1 some tools
+    # apply a stream's schema to one event and others to the whole text, so it accepts both.
+    data = {
+        "type": "string",
+        "contentMediaType": JSON,
+        "contentSchema": ref("schemas", "ChatEvent"),
+    }
+    result["Event"] = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return result
+
+
 def headers(*names: str) -> Object:
-    return {name: reference("headers", name) for name in ("X-Request-ID", *names)}
+    return {name: ref("headers", name) for name in ("X-Request-ID", *names)}
 
 
-def success(description: str, media_type: str, schema: Object, *names: str) -> Object:
+def response(description: str, media_type: str, schema: Object, *names: str) -> Object:
     content = {media_type: {"schema": schema}}
     return {"description": description, "headers": headers(*names), "content": content}
 
 
-def failure(kinds: Iterable[type[ServiceError]], *names: str) -> Object:
-    """The answer of one status, whichever of `kinds` it tells of."""
-    ordered = sorted(kinds, key=lambda kind: kind.code)
-    own = [OWN_HEADER[kind] for kind in ordered if kind in OWN_HEADER]
-    waiting = ["Retry-After"] if any(kind.retryable for kind in ordered) else []
-    told = "; ".join(f"`{kind.code}`: {WHEN[kind.code]}" for kind in ordered)
-    return success(told, JSON, reference("schemas", "ErrorBody"), *names, *own, *waiting)
+def error_response(codes: set[Code], *names: str) -> Object:
+    """The response of one status, which may have any of these codes."""
+    own = [header for code, header in ERROR_HEADERS.items() if code in codes]
+    retry = ["Retry-After"] if any(KINDS[code].retryable for code in codes) else []
+    text = "; ".join(f"`{code}`: {MEANINGS[code]}" for code in sorted(codes))
+    return response(text, JSON, ref("schemas", "ErrorBody"), *names, *own, *retry)
 
 
-def operation(name: str, summary: str, answers: Object, kinds: Kinds, **more: object) -> Object:
-    limits = LIMITS if errors.RateLimited in kinds else ()
+def operation(
+    name: str, summary: str, success: Object, codes: set[Code], *, status: int = 200, **more: object
+) -> Object:
+    """An operation whose errors are `codes` and internal_error."""
+    codes = {*codes, "internal_error"}
+    limits = LIMIT_HEADERS if "rate_limited" in codes else ()
     if limits:
-        more |= {"security": ANYBODY, "parameters": [reference("parameters", "X-Request-ID")]}
-    for status in sorted({kind.status for kind in kinds}):
-        same = (kind for kind in kinds if kind.status == status)
-        answers[str(status)] = failure(same, *limits)
-    return {"operationId": name, "summary": summary, "responses": answers, **more}
+        # A key is optional unless ALLOW_ANONYMOUS=false.
+        more |= {"security": [{}, {"key": []}], "parameters": [ref("parameters", "X-Request-ID")]}
+    responses = {str(status): success}
+    for error in sorted({KINDS[code].status for code in codes}):
+        same = {code for code in codes if KINDS[code].status == error}
+        responses[str(error)] = error_response(same, *limits)
+    return {"operationId": name, "summary": summary, "responses": responses, **more}
 
 
 def chat() -> Object:
     ids: Object = {"id": "req_123", "session_id": "s_456"}
     done = DoneEvent(**ids, model="gpt-4o-mini", finish_reason="stop", usage=None)
     chunks = [ChunkEvent(chunk=chunk, id="req_123") for chunk in ("Hello", " world")]
-    stream = {"anyOf": [{"type": "string"}, reference("schemas", "Event")]}
-    answer = success(STREAM, "text/event-stream", stream, "X-Session-ID", *LIMITS)
-    answer["links"] = {
+    stream = {"anyOf": [{"type": "string"}, ref("schemas", "Event")]}
+    success = response(STREAM, "text/event-stream", stream, "X-Session-ID", *LIMIT_HEADERS)
+    success["content"]["text/event-stream"]["example"] = "".join(
+        f"data: {event.model_dump_json()}\n\n" for event in (*chunks, done)
+    )
+    success["links"] = {
         name: {"operationId": name, "parameters": {"session_id": "$response.header.X-Session-ID"}}
         for name in ("readSession", "deleteSession")
     }
-    example = "".join(f"data: {event.model_dump_json()}\n\n" for event in (*chunks, done))
-    answer["content"]["text/event-stream"]["example"] = example
-    body = {"content": {JSON: {"schema": reference("schemas", "ChatRequest")}}, "required": True}
-    summary = "Ask, and stream the answer"
-    return operation("chat", summary, {"200": answer}, CHAT, requestBody=body)
+    body = {"content": {JSON: {"schema": ref("schemas", "ChatRequest")}}, "required": True}
+    summary = "Send a message and stream the response"
+    return operation("chat", summary, success, CHAT, requestBody=body)
+
+
+def session() -> Object:
+    view = response("The session", JSON, ref("schemas", "SessionView"), *LIMIT_HEADERS)
+    deleted = {"description": "Deleted", "headers": headers(*LIMIT_HEADERS)}
+    return {
+        "parameters": [{"name": "session_id", "in": "path", "required": True, "schema": ID}],
+        "get": operation("readSession", "Read a session", view, SESSION),
+        "delete": operation(
+            "deleteSession", "Delete a session", deleted, {*SESSION, "session_busy"}, status=204
+        ),
+    }
+
+
+def get(
+    name: str, summary: str, schema: Object, media_type: str = JSON, codes: set[Code] | None = None
+) -> Object:
+    success = response(summary, media_type, schema)
+    return {"get": operation(name, summary, success, codes or set())}
+
+
+def status(word: str) -> Object:
+    return {"type": "object", "properties": {"status": {"const": word}}, "required": ["status"]}
 
 
 def paths() -> Object:
-    def get(
-        name: str, summary: str, schema: Object, kinds: Kinds = ANYWHERE, media_type: str = JSON
-    ) -> Object:
-        answer = success(summary, media_type, schema)
-        return {"get": operation(name, summary, {"200": answer}, kinds)}
-
-    def status(word: str) -> Object:
-        return {"type": "object", "properties": {"status": {"const": word}}, "required": ["status"]}
-
-    view = success("The session", JSON, reference("schemas", "SessionView"), *LIMITS)
-    gone = {"description": "It is gone", "headers": headers(*LIMITS)}
-    session = {
-        "parameters": [{"name": "session_id", "in": "path", "required": True, "schema": ID}],
-        "get": operation("readSession", "What the assistant remembers", {"200": view}, ON_SESSION),
-        "delete": operation(
-            "deleteSession", "Forget it", {"204": gone}, {*ON_SESSION, errors.SessionBusy}
-        ),
-    }
     text: Object = {"type": "string"}
+    playground = "absent if PLAYGROUND=off"
     return {
         "/api/v1/chat": {"post": chat()},
-        "/api/v1/models": get("models", "What may be asked for", reference("schemas", "Models")),
-        "/api/v1/sessions/{session_id}": session,
-        "/healthz": get("health", "The process serves", status("ok")),
-        "/readyz": get("ready", "It takes new requests", status("ready"), READY),
-        "/metrics": get(
-            "metrics", "Prometheus's text; absent where METRICS=off", text, media_type="text/plain"
-        ),
+        "/api/v1/models": get("models", "The models callers may request", ref("schemas", "Models")),
+        "/api/v1/sessions/{session_id}": session(),
+        "/healthz": get("health", "The process is running", status("ok")),
+        "/readyz": get("ready", "New requests are accepted", status("ready"), codes=READY),
+        "/metrics": get("metrics", "Prometheus metrics; absent if METRICS=off", text, "text/plain"),
         "/openapi.json": get("openapi", "This document", {"type": "object"}),
-        "/": get(
-            "page",
-            "A page to chat with the service; absent where PLAYGROUND=off",
-            text,
-            media_type="text/html",
-        ),
+        "/": get("playground", f"The playground; {playground}", text, "text/html"),
+        "/playground.css": get("style", f"Its style; {playground}", text, "text/css"),
+        "/playground.js": get("script", f"Its script; {playground}", text, "text/javascript"),
     }
 
 
 def document() -> Object:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = {"title": project["name"], "version": project["version"], "description": ABOUT}
     return {
         "openapi": "3.1.0",
-        "info": info,
+        "info": {"title": project["name"], "version": project["version"], "description": ABOUT},
         "servers": [{"url": "/"}],
         "paths": paths(),
         "components": {
             "schemas": schemas(),
             "headers": HEADERS,
-            "parameters": PARAMETERS,
-            # Where no operation is: other paths, other methods.
+            "parameters": {"X-Request-ID": REQUEST_ID},
+            # For all other paths and methods.
             "responses": {
-                "NotFound": failure([errors.NotFound]),
-                "MethodNotAllowed": failure([errors.MethodNotAllowed]),
+                "NotFound": error_response({"not_found"}),
+                "MethodNotAllowed": error_response({"method_not_allowed"}),
             },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
@@ -317,9 +304,5 @@ def text() -> str:
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
 
 
-def main() -> None:
-    FILE.write_text(text(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    FILE.write_text(text(), encoding="utf-8")
