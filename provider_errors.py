@@ -201,8 +201,8 @@ HINTS = {
     "model_not_found": "provider {name} does not have the model {model}: check DEFAULT_MODEL,"
     " MODELS and FALLBACK_MODELS",
     "not_found": "404 from {url}: does {prefix}BASE_URL need /v1?",
-    "output_limit": "provider {name} rejects the parameter that MAX_OUTPUT_TOKENS sends: rename it with"
-    ' {prefix}EXTRA_BODY, such as {{"max_tokens": null, "max_completion_tokens": 1000}}',
+    "output_limit": "provider {name} rejects the parameter that MAX_OUTPUT_TOKENS sends: rename it"
+    ' with {prefix}EXTRA_BODY, such as {{"max_tokens": null, "max_completion_tokens": 1000}}',
     "gaierror": "cannot resolve the host of {url}: check {prefix}BASE_URL and DNS",
     "ConnectionRefusedError": "nothing listens at {url}: is the server running?",
     "SSLCertVerificationError": "the certificate of {url} is not trusted: set SSL_CERT_FILE to its"

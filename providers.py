@@ -378,7 +378,9 @@ def _mock_chunks(model: str, message: str) -> Chunks:
     if model == "empty":
         return []
     if model == "reasoning":
-        thoughts: Chunks = [Reasoning(f"{word} ") for word in ["The", "user", "wants", "to", "see", "this."]]
+        thoughts: Chunks = [
+            Reasoning(f"{word} ") for word in ["The", "user", "wants", "to", "see", "this."]
+        ]
         return [*thoughts, "This ", "is ", "mock/reasoning."]
     if model == "unicode":
         return ["naïve ", "日本語 ", "👩‍👩‍👧 ", "नमस्ते ", "سلام ", "e\u0301 ", "line\u2028separator"]

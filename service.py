@@ -66,6 +66,7 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
+SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
 # Expired sessions stay in the file for at most this long.
 SWEEP_SECONDS = 60.0
 # One line a minute shows that a provider keeps failing.
@@ -458,7 +459,7 @@ def create_app(
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            static_route("/playground.js", "playground.js", "text/javascript"),
+            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
         ]
 
     @asynccontextmanager
