@@ -128,8 +128,9 @@ REQUEST_ID: Object = {
 ABOUT = """\
 Streaming chat over HTTP: one POST per message, one event stream per response. Every response has \
 an `X-Request-ID`; every error has the same JSON body. A path that is not listed is 404 \
-`not_found`. A method that is not listed is 405 `method_not_allowed`, with `Allow`. A `Host` that \
-is not in ALLOWED_HOSTS is 400 without a JSON body."""
+`not_found`, except for the scripts and the style of the playground. A method that is not listed \
+is 405 `method_not_allowed`, with `Allow`. A `Host` that is not in ALLOWED_HOSTS is 400 without a \
+JSON body."""
 MESSAGE = """\
 Must contain visible text. The maximum is MAX_MESSAGE_CHARS code points, 8,000 by default."""
 STREAM = """\
@@ -264,7 +265,6 @@ def status(word: str) -> Object:
 
 def paths() -> Object:
     text: Object = {"type": "string"}
-    playground = "absent if PLAYGROUND=off"
     return {
         "/api/v1/chat": {"post": chat()},
         "/api/v1/models": get("models", "The models callers may request", ref("schemas", "Models")),
@@ -273,9 +273,7 @@ def paths() -> Object:
         "/readyz": get("ready", "New requests are accepted", status("ready"), codes=READY),
         "/metrics": get("metrics", "Prometheus metrics; absent if METRICS=off", text, "text/plain"),
         "/openapi.json": get("openapi", "This document", {"type": "object"}),
-        "/": get("playground", f"The playground; {playground}", text, "text/html"),
-        "/playground.css": get("style", f"Its style; {playground}", text, "text/css"),
-        "/playground.js": get("script", f"Its script; {playground}", text, "text/javascript"),
+        "/": get("playground", "The playground; absent if PLAYGROUND=off", text, "text/html"),
     }
 
 
