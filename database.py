@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from settings import SettingsError
+from settings import InUseError, SettingsError
 
 # Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = int.from_bytes(b"chat")
@@ -168,7 +168,7 @@ class LockFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise SettingsError(
+            raise InUseError(
                 f"STATE_URL: {path} is in use by another process. If that is an old process that"
                 " is still draining, wait until it has ended; otherwise set another path, or"
                 " redis:// to share sessions between processes"

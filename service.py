@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import telemetry
 from chat import parse_request
 from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
+from provider_errors import operator_hint
 from providers import Call, Completion, LLMProvider, Message, Router, complete, create_providers
 from ratelimit import (
     Caller,
@@ -50,9 +51,9 @@ from server import (
     probe,
     raise_descriptor_limit,
 )
-from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
+from sessions import ISSUED_ID, SessionStore, SQLiteStore, Turn
 from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
-from stream import End, EventStream
+from stream import CompletionResponse, End, EventStream
 
 VERSION = "0.1.0"
 EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
@@ -65,7 +66,11 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
+SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
+# Expired sessions stay in the file for at most this long.
 SWEEP_SECONDS = 60.0
+# One line a minute shows that a provider keeps failing.
+HINT_SECONDS = 60.0
 # After these errors the connection is closed: the rest of the body is not read, or the client
 # should send its next request to another replica.
 CLOSING_ERRORS = ("body_too_large", "request_timeout", "shutting_down")
@@ -92,6 +97,7 @@ class Service:
     metrics: telemetry.Metrics
     log: logging.Logger
     _warned: set[str] = field(default_factory=set)
+    _hinted_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
     # POST /api/v1/chat
 
@@ -107,25 +113,40 @@ class Service:
             chat = parse_request(body, self.settings.max_message_chars)
             targets = self.router.resolve(chat.model_id)
             record.fields["requested_model"] = targets[0].name
+            if chat.replace_last_turn and chat.session_id is None:
+                problem = "needs the session_id of the turn to replace"
+                raise invalid_request(FieldProblem(field="replace_last_turn", message=problem))
             if chat.session_id is not None:
                 self._reject_shared_session_id(request, caller, chat.session_id)
             session = await self.store.open(caller.owner, chat.session_id)
             record.fields["session"] = telemetry.short_hash(session.id)
             # From here on the stream frees slot and session, however it ends.
             slot = held.pop_all()
+        history = session.turns[:-1] if chat.replace_last_turn else session.turns
+        call = Call(record.request_id, record.traceparent)
         message_at = time.time()
 
         async def on_finish(text: str, end: End) -> None:
             complete = isinstance(end, Completion)
-            # Providers reject conversations with a blank message.
             turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
+            if chat.replace_last_turn and not complete:
+                # The turn that was to be replaced stays.
+                turn = None
+            kept = session._replace(turns=history[call.dropped_turns :]) if turn else session
             with slot:
-                await self.store.end(session, turn)
+                await self.store.end(kept, turn)
 
-        call = Call(record.request_id, record.traceparent)
-        messages = self._messages(session, chat.message)
+        messages = self._messages(history, chat.message)
         run = partial(complete, targets, messages, call, settings=self.settings)
-        stream = EventStream(run, on_finish, record.request_id, session.id, self.settings)
+        response = EventStream if chat.stream else CompletionResponse
+        stream = response(
+            run,
+            on_finish,
+            record.request_id,
+            session.id,
+            self.settings,
+            include_reasoning=chat.include_reasoning,
+        )
         try:
             with self.drain.track(stream.abort):
                 await stream(scope, receive, send)
@@ -133,6 +154,17 @@ class Service:
             self.metrics.finish_stream(
                 record, stream.fill_report(), call.attempts, self.router.known
             )
+            self._log_hints(call.attempts)
+
+    def _log_hints(self, attempts: Sequence[telemetry.Attempt]) -> None:
+        """Log what the operator should look at, at most once a minute per provider and cause."""
+        urls = {each.name: str(each.base_url) for each in self.settings.providers}
+        for attempt in attempts:
+            name = attempt.model.partition("/")[0]
+            hint = operator_hint(attempt, urls.get(name, "")) if attempt.error else None
+            if hint is not None and time.monotonic() >= self._hinted_until.get((name, hint[0]), 0):
+                self._hinted_until[name, hint[0]] = time.monotonic() + HINT_SECONDS
+                self.log.warning(hint[1])
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the request's body.
@@ -172,9 +204,9 @@ class Service:
             raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
         return bytes(body)
 
-    def _messages(self, session: Session, message: str) -> list[Message]:
+    def _messages(self, history: Sequence[Turn], message: str) -> list[Message]:
         """Return what the provider gets: the system prompt, the history and the new message."""
-        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
+        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(history)]
         if self.settings.system_prompt:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
@@ -262,7 +294,7 @@ class Service:
         session = await self.store.read(caller.owner, session_id)
         messages = [
             {"role": role, "content": text, "created_at": _rfc3339(at), "complete": complete}
-            for role, text, at, complete in iter_messages(session)
+            for role, text, at, complete in iter_messages(session.turns)
         ]
         view = {
             "session_id": session.id,
@@ -291,9 +323,9 @@ class ASGIEndpoint:
         await self.app(scope, receive, send)
 
 
-def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
+def iter_messages(turns: Sequence[Turn]) -> Iterator[tuple[str, str, float, bool]]:
     """Yield the role, text, time and completeness of each message of a session."""
-    for turn in session.turns:
+    for turn in turns:
         yield "user", turn.message, turn.message_at, True
         yield "assistant", turn.response, turn.response_at, turn.complete
 
@@ -356,7 +388,9 @@ async def sweep_periodically(store: SessionStore) -> None:
 
 
 def create_state(
-    settings: Settings, log: logging.Logger
+    settings: Settings,
+    log: logging.Logger | None = None,
+    on_evict: Callable[[], None] = lambda: None,
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """Return the rate limiters and the session store that STATE_URL names.
 
@@ -376,9 +410,10 @@ def create_state(
         ttl=ttl,
         max_chars=chars,
         clock=time.time,
-        log=log,
+        log=log or logging.getLogger("chat_sidecar"),
         max_bytes=settings.state_max_bytes,
         max_sessions=settings.max_sessions_per_caller,
+        on_evict=on_evict,
     )
     limiters = {kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()}
     return limiters, store
@@ -404,9 +439,9 @@ def create_app(
     """
     providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = create_state(settings, log)
-    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
+    limiters, store = create_state(settings, log, metrics.sessions_evicted.inc)
+    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics.active_streams.set_function(lambda: streams.active)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
@@ -424,7 +459,7 @@ def create_app(
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            static_route("/playground.js", "playground.js", "text/javascript"),
+            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
         ]
 
     @asynccontextmanager

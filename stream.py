@@ -16,9 +16,9 @@ import anyio
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from chat import DoneEvent, ErrorEvent
+from chat import CompletionBody, DoneEvent, ErrorEvent
 from errors import ServiceError, to_service_error
-from openai_stream import Chunks
+from openai_stream import Chunks, Reasoning
 from providers import Completion, Sink
 from server import CONNECTION, ClientConnection
 from settings import Settings
@@ -61,7 +61,7 @@ class ClientStream(ABC):
     """
 
     def __init__(self, session_id: str, settings: Settings) -> None:
-        self._headers = [*STREAM_HEADERS, (b"x-session-id", session_id.encode())]
+        self._session_header = (b"x-session-id", session_id.encode())
         self._settings = settings
         self._state = State.WAITING
         self._end: End | None = None
@@ -148,7 +148,8 @@ class ClientStream(ABC):
 
     async def _open(self) -> None:
         """Send the status line through ASGI, so that middleware sees it, then what was held."""
-        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+        headers = [*STREAM_HEADERS, self._session_header]
+        start = {"type": "http.response.start", "status": 200, "headers": headers}
         await self._send(start)
         self._state = State.OPEN
         if self._held:
@@ -246,6 +247,8 @@ class EventStream(ClientStream, Sink):
         request_id: str,
         session_id: str,
         settings: Settings,
+        *,
+        include_reasoning: bool = False,
     ) -> None:
         super().__init__(session_id, settings)
         self.report = StreamReport()
@@ -255,9 +258,12 @@ class EventStream(ClientStream, Sink):
         self._on_finish = on_finish
         # Any, because the events have fields of several types.
         self._ids: dict[str, Any] = {"id": request_id, "session_id": session_id}
+        self._include_reasoning = include_reasoning
         self._before_chunk = b'data: {"chunk":'
+        self._before_reasoning = b'data: {"reasoning":'
         self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
         self._chunks: list[str] = []
+        self._reasoning: list[str] = []
         self._sent_bytes = self._text_bytes = 0
         # Since when the provider has been silent.
         self._waiting_since = 0.0
@@ -280,27 +286,42 @@ class EventStream(ClientStream, Sink):
             self.on_start()
         self._waiting_since = now
         if chunks:
-            if report.first_chunk_at is None:
-                report.first_chunk_at = now
-            self._write_chunks(chunks)
-            self._sent_at = now
+            self._write_chunks(chunks, now)
         if self._connection.paused:
             self._pause(now)
             return False
         return True
 
-    def _write_chunks(self, chunks: Chunks) -> None:
+    def _write_chunks(self, chunks: Chunks, now: float) -> None:
+        """Send an event for each chunk, reasoning only if it was requested."""
+        texts = chunks
+        if Reasoning in map(type, chunks):
+            texts = [chunk for chunk in chunks if type(chunk) is str]
+            if self._include_reasoning:
+                self._reasoning += [chunk for chunk in chunks if type(chunk) is Reasoning]
+            else:
+                chunks = texts
+        if not chunks:
+            return
         # An event is one line, since JSON escapes line ends.
-        before, after = self._before_chunk, self._after_chunk
-        events = b"".join([before + to_json(chunk) + after for chunk in chunks])
+        before, reasoning, after = self._before_chunk, self._before_reasoning, self._after_chunk
+        events = b"".join(
+            [
+                (before if type(each) is str else reasoning) + to_json(each) + after
+                for each in chunks
+            ]
+        )
         if not events.isascii():
             events = escape_line_separators(events)
         self._sent_bytes += len(events)
         self._text_bytes += len(events) - len(chunks) * (len(before) + len(after))
         if self._sent_bytes > MAX_SENT_BYTES or self._text_bytes > MAX_TEXT_BYTES:
             raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
-        self._chunks += chunks
-        self.report.chunks += len(chunks)
+        if texts and self.report.first_chunk_at is None:
+            self.report.first_chunk_at = now
+        self._chunks += texts
+        self.report.chunks += len(texts)
+        self._sent_at = now
         self._write(events)
 
     def _resume(self) -> None:
@@ -386,10 +407,40 @@ class EventStream(ClientStream, Sink):
         report, end = self.report, self._end
         if isinstance(end, Completion):
             report.model, report.finish_reason = end.model, end.finish_reason
-            report.usage = end.usage
+            report.usage, report.history_trimmed = end.usage, end.history_trimmed
         report.error = end if isinstance(end, ServiceError) else None
         report.outcome = self._disconnect or (report.error.code if report.error else "done")
         return report
+
+
+class CompletionResponse(EventStream):
+    """The same completion as one JSON response, sent when it has ended."""
+
+    def _write(self, events: bytes) -> None:
+        """Send nothing before the end."""
+
+    async def _send_end(self, end: End) -> None:
+        """Send the whole response. An error is raised and gets an HTTP status of its own."""
+        if not isinstance(end, Completion):
+            return
+        body = CompletionBody(
+            **self._ids,
+            **vars(end),
+            content="".join(self._chunks),
+            reasoning="".join(self._reasoning) if self._include_reasoning else None,
+        )
+        data = to_json(body)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"cache-control", b"no-store"),
+            (b"content-length", b"%d" % len(data)),
+            self._session_header,
+        ]
+        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": data})
+        if writing.cancelled_caught:
+            self.abort("client_stalled")
 
 
 def escape_line_separators(events: bytes) -> bytes:

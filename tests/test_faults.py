@@ -206,7 +206,7 @@ STREAMS: dict[str, Fault] = {
     "done_without_finish": ends(DONE),
     "finish_without_done": ends(FINISH),
     "done_twice": ends(FINISH, DONE, DONE),
-    "text_after_done": ends(DONE, delta("more"), DONE),
+    "text_after_done": ends(FINISH, DONE, delta("more"), DONE),
     "reset_after_done": Fault(send_and_reset(http_chunks(FINISH, DONE)), "done"),
     "open_after_done": Fault(send(http_chunks(FINISH, DONE)), "done"),
     "open_after_finish": Fault(send(http_chunk(FINISH)), "done"),
