@@ -12,7 +12,14 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
-from chat import ChatRequest, ChunkEvent, DoneEvent, ErrorEvent
+from chat import (
+    ChatRequest,
+    ChunkEvent,
+    CompletionBody,
+    DoneEvent,
+    ErrorEvent,
+    ReasoningEvent,
+)
 from errors import KINDS, Code, ErrorBody
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +53,15 @@ class SessionView(BaseModel):
     messages: list[SessionMessage]
 
 
-EVENTS = (ChunkEvent, DoneEvent, ErrorEvent)
-WRITTEN = (*EVENTS, ErrorBody, Models, SessionView)
+EVENTS = (ChunkEvent, ReasoningEvent, DoneEvent, ErrorEvent)
+WRITTEN = (*EVENTS, CompletionBody, ErrorBody, Models, SessionView)
+# Fields that are left out of some responses.
+OPTIONAL = {
+    (model.__name__, name)
+    for model in WRITTEN
+    for name, info in model.model_fields.items()
+    if info.exclude_if
+}
 
 MEANINGS: dict[Code, str] = {
     "invalid_json": "the body is not a JSON object in UTF-8",
@@ -138,7 +152,8 @@ Server-sent events. Each event is one `data:` line with a ChatEvent as JSON, fol
 line. Lines that begin with `:` are comments and keep the connection alive. Exactly one event \
 with a `status` ends the stream. If the connection closes without one, the response is \
 incomplete. The status line is sent with the first chunk or after 15 s; earlier failures have \
-their own HTTP status, and later ones are the last event."""
+their own HTTP status, and later ones are the last event. With `"stream": false`: one \
+CompletionBody, sent at the end."""
 
 
 class Schema(GenerateJsonSchema):
@@ -164,14 +179,21 @@ def schemas() -> Object:
         schema.pop("title")
         schema["description"] = " ".join(schema["description"].split())
         if name != "ChatRequest":
-            # The service always writes every field, also those with a default.
-            schema["required"] = list(schema["properties"])
+            # The service also writes fields that have their default.
+            schema["required"] = [
+                field for field in schema["properties"] if (name, field) not in OPTIONAL
+            ]
     fields = result["ChatRequest"]["properties"]
     # Whether text is visible is checked by code, which no JSON Schema can express.
     fields["message"] |= {"minLength": 1, "description": MESSAGE}
     fields["model_id"]["description"] = "One of GET /api/v1/models. Absent or null: the default."
     fields["session_id"]["description"] = (
         "The session to continue, or an id of your own. Absent or null: a new session."
+    )
+    fields["stream"]["description"] = "False: one JSON response instead of a stream."
+    fields["include_reasoning"]["description"] = "Whether to send the model's reasoning, too."
+    fields["replace_last_turn"]["description"] = (
+        "Whether this turn replaces the session's last one. Needs a session_id."
     )
     result["ChatRequest"]["examples"] = [{"message": "Hello"}]
     result["ChatEvent"] = {
@@ -228,6 +250,7 @@ def chat() -> Object:
     chunks = [ChunkEvent(chunk=chunk, id="req_123") for chunk in ("Hello", " world")]
     stream = {"anyOf": [{"type": "string"}, ref("schemas", "Event")]}
     success = response(STREAM, "text/event-stream", stream, "X-Session-ID", *LIMIT_HEADERS)
+    success["content"][JSON] = {"schema": ref("schemas", "CompletionBody")}
     success["content"]["text/event-stream"]["example"] = "".join(
         f"data: {event.model_dump_json()}\n\n" for event in (*chunks, done)
     )
