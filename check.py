@@ -7,12 +7,11 @@ the session store. It sends no chat request and does not listen.
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 import httpx
-from pydantic import BaseModel
 
 from errors import ServiceError
 from providers import create_transport
@@ -25,15 +24,22 @@ Result = tuple[Literal["ok", "warning", "error"], str]
 OpenState = Callable[[Settings], tuple[object, Any]]
 
 
-async def check(settings: Settings, open_state: OpenState, write: Callable[[str], object]) -> int:
+async def check(
+    settings: Settings,
+    warnings: Iterable[str],
+    open_state: OpenState,
+    write: Callable[[str], object],
+) -> int:
     """Write a line per setting and per result, and return the exit status: 1 after an error.
 
-    `open_state` returns the limiters and the session store. Raise SettingsError if a proxy or the
-    certificate authorities in the environment are invalid.
+    `warnings` are those of a start. `open_state` returns the limiters and the session store. Raise
+    SettingsError if a proxy or the certificate authorities in the environment are invalid.
     """
     status = 0
     for line in effective_settings(settings):
         write(f"{line}\n")
+    for text in warnings:
+        write(f"warning: {text}\n")
     async for level, text in _check_all(settings, open_state):
         write(f"{level}: {text}\n")
         status |= level == "error"
@@ -42,17 +48,14 @@ async def check(settings: Settings, open_state: OpenState, write: Callable[[str]
 
 def effective_settings(settings: Settings) -> Iterator[str]:
     """Yield NAME=VALUE for each variable that has a value. Secrets are only shown to be set."""
-    models: list[tuple[str, BaseModel]]
-    models = [(variable_prefix(each.name), each) for each in settings.providers]
-    for prefix, model in [*models, ("", settings)]:
+    providers = [(variable_prefix(each.name), each) for each in settings.providers]
+    for prefix, model in [*providers, ("", settings)]:
         for field, info in type(model).model_fields.items():
             value = getattr(model, field)
-            if field == "state_url":
-                value = settings.public_state_url
-            elif field == "providers":
+            if field == "providers":
                 value = tuple(each.name for each in settings.providers if each.name != "openai")
             elif value and not info.repr:
-                value = "(set)"
+                value = settings.public_state_url if field == "state_url" else "(set)"
             # None is a value where the default is another one: RATE_LIMIT=off.
             text = "off" if value is None and info.default is not None else format_value(value)
             if text and field != "name":
@@ -78,8 +81,6 @@ async def _check_all(settings: Settings, open_state: OpenState) -> AsyncIterator
         yield "ok", f"STATE_URL: {settings.public_state_url} can be used"
     except (SettingsError, ServiceError) as error:
         yield "error", f"{settings.public_state_url} cannot be used: {error}"
-    if settings.default_provider_name == "mock":
-        yield "warning", "the default provider is the mock provider; set OPENAI_API_KEY"
     models = _configured_models(settings)
     for provider in settings.providers:
         try:

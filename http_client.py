@@ -207,6 +207,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # asyncio declares only what read, write and datagram transports have in common.
         self.transport = cast(asyncio.Transport, transport)
+        self._readable = select.poll()
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def send(self, request: bytes) -> ResponseBody:
         """Send a whole request and return its response, of which nothing has arrived yet."""
@@ -249,11 +251,7 @@ class Connection(asyncio.Protocol):
 
         Bytes or an end that the event loop has not seen yet make a socket readable.
         """
-        if self.transport.is_closing():
-            return False
-        readable = select.poll()
-        readable.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not readable.poll(0)
+        return not (self.transport.is_closing() or self._readable.poll(0))
 
 
 class HTTPTransport(httpx.AsyncBaseTransport):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import anyio
@@ -77,9 +77,13 @@ class Call:
 
 
 class Sink(Protocol):
-    """Takes the chunks of a completion. `started` is true once it has been written to."""
+    """Takes the chunks of a completion.
+
+    `started` is true once it has been written to. It calls `on_start` at the first write.
+    """
 
     started: bool
+    on_start: Callable[[], None]
 
     def attach(self, resume: Callable[[], None], finish: Callable[[], bool]) -> None:
         """Connect the provider that will write.
@@ -154,8 +158,9 @@ class OpenAIProvider(LLMProvider):
     ) -> Completion:
         body = to_json({"model": model, "messages": messages, **self._options})
         headers = self._headers.copy()
+        for name, value in call.headers().items():
+            headers[name] = value
         headers["Content-Length"] = str(len(body))
-        headers.update(call.headers())
         request = httpx.Request(
             "POST",
             self._url,
@@ -504,18 +509,13 @@ async def _stream_within(
     seconds: float, target: Target, messages: Sequence[Message], call: Call, sink: Sink
 ) -> Completion:
     """Stream one attempt. Raise upstream_timeout if it writes nothing within `seconds`."""
-
-    def cancel_unless_started() -> None:
-        if not sink.started:
-            scope.cancel()
-
-    with anyio.CancelScope() as scope:
-        timer = asyncio.get_running_loop().call_later(seconds, cancel_unless_started)
-        try:
+    try:
+        async with asyncio.timeout(seconds) as timeout:
+            sink.on_start = partial(timeout.reschedule, None)
             return await target.provider.stream(target.model, messages, call, sink)
-        finally:
-            timer.cancel()
-    raise ServiceError("upstream_timeout", "The model did not start to respond in time. Retry.")
+    except TimeoutError:
+        problem = "The model did not start to respond in time. Retry."
+        raise ServiceError("upstream_timeout", problem) from None
 
 
 def backoff(retries: int) -> float:

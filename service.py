@@ -493,6 +493,11 @@ def main() -> None:
         action="store_true",
         help="exit with status 0 if the service with these settings is running and ready",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="show the effective settings, and test the providers, their models and STATE_URL",
+    )
     arguments = parser.parse_args()
     environment = {name: value for name, value in os.environ.items() if value.strip()}
     drain = Drain()
@@ -501,6 +506,12 @@ def main() -> None:
         settings = from_env({**file, **environment})
         if arguments.probe:
             sys.exit(probe(settings))
+        if arguments.check:
+            # Loaded only here.
+            from check import check
+
+            run = partial(check, settings, startup_warnings(settings, file), create_state)
+            sys.exit(anyio.run(run, sys.stdout.write))
         log = configure_logging(settings.log_level)
         listeners = listen(settings)
         app = create_app(settings, log, drain)

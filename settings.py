@@ -268,8 +268,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True
 
     @property
     def public_state_url(self) -> str:
-        """STATE_URL without user name and password."""
-        return re.sub("//[^/]*@", "//", self.state_url)
+        """STATE_URL without user name, password and options."""
+        return re.sub(r"^(rediss?://)(.*@)?([^?]*).*", r"\1\3", self.state_url)
 
     @property
     def default_provider_name(self) -> str:
@@ -364,6 +364,9 @@ def startup_warnings(settings: Settings, file: Iterable[str]) -> Iterator[str]:
             unless = " unless PROVIDERS contains its provider" if of_provider else ""
             yield f"{name} in .env is not a setting of this service{unless}{hint}"
     yield from settings.unknown_fallbacks()
+    if not (settings.providers or settings.default_provider):
+        remedy = "Set OPENAI_API_KEY in .env to use OpenAI."
+        yield f"No provider is configured; using the mock provider. {remedy}"
 
 
 def variable_prefix(provider: str) -> str:

@@ -68,7 +68,7 @@ class ClientStream(ABC):
         self._disconnect: Disconnect | None = None
         self._held: list[bytes] = []
         self._opening: asyncio.Task[None] | None = None
-        self._running = anyio.CancelScope()
+        self._task: asyncio.Task[Any] | None = None
         # Since when the client does not read, and for how long it did not before.
         self._paused_since: float | None = None
         self._paused_seconds = 0.0
@@ -85,9 +85,15 @@ class ClientStream(ABC):
         self._timer: asyncio.Handle = self._loop.call_soon(self._check_deadlines)
         if self._connection.disconnected:
             self.abort("client_disconnected")
+        # A cancel scope would do, but takes ten times as long.
+        self._task = asyncio.current_task()
         try:
-            with self._running:
+            if self._end is None:
                 await self._relay()
+        except asyncio.CancelledError:
+            # `abort` has cancelled this task. Any other cancellation goes on.
+            if self._task is None or self._end is None or self._task.uncancel() > 0:
+                raise
         finally:
             self._timer.cancel()
             self._end = await self._finish(self._end)
@@ -105,7 +111,8 @@ class ClientStream(ABC):
             self._disconnect = self._disconnect or end
         if self._end is None:
             self._end = end
-            self._running.cancel()
+            if self._task is not None:
+                self._task.cancel()
 
     @abstractmethod
     async def _relay(self) -> None:
@@ -199,19 +206,24 @@ class ClientStream(ABC):
         if failed_early or isinstance(end, str):
             return
         body = self._terminal_event(end)
-        if self._state is State.OPEN and not self._connection.paused:
-            # Sending does not suspend, so it needs no deadline.
+        # While the client reads, sending does not suspend and needs no deadline.
+        if not self._connection.paused:
+            await self._ensure_open()
+        if not self._connection.paused:
             await self._send_last(body)
             return
         deadline = self._now() + self._settings.write_timeout_seconds
         with anyio.CancelScope(shield=True, deadline=deadline) as writing:
-            if self._opening is None:
-                await self._open()
-            else:
-                await asyncio.wait((self._opening,))
+            await self._ensure_open()
             await self._send_last(body)
         if writing.cancelled_caught:
             self.abort("client_stalled")
+
+    async def _ensure_open(self) -> None:
+        if self._state is State.WAITING:
+            await self._open()
+        elif self._opening is not None:
+            await self._opening
 
     async def _send_last(self, body: bytes) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
@@ -238,6 +250,7 @@ class EventStream(ClientStream, Sink):
         super().__init__(session_id, settings)
         self.report = StreamReport()
         self.started = False
+        self.on_start: Callable[[], None] = _ignore
         self._run = run
         self._on_finish = on_finish
         # Any, because the events have fields of several types.
@@ -262,7 +275,9 @@ class EventStream(ClientStream, Sink):
         report.wait_seconds += gap
         if self.started:
             report.max_chunk_gap = max(report.max_chunk_gap, gap)
-        self.started = True
+        else:
+            self.started = True
+            self.on_start()
         self._waiting_since = now
         if chunks:
             if report.first_chunk_at is None:

@@ -147,7 +147,9 @@ class Metrics:
         """Add a stream that has ended to its request's record and to the metrics."""
         record.outcome = report.outcome
         record.wait_seconds += report.wait_seconds
-        error, last = report.error, attempts[-1]
+        error = report.error
+        # A client that disconnects early leaves no attempt.
+        last = attempts[-1] if attempts else Attempt("none/none")
         if error is not None and error.code == "internal_error":
             record.exception = error.__cause__ or error
         if error is not None and error.caused_by != "service":

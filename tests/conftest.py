@@ -38,6 +38,11 @@ def raises(code: Code) -> pytest.RaisesExc[ServiceError]:
     return pytest.raises(ServiceError, check=lambda error: error.code == code)
 
 
+def openai_env(url: str, **more: str) -> dict[str, str]:
+    """Return settings with one provider at `url`, without retries, and `more`."""
+    return {"OPENAI_API_KEY": CANARY, "OPENAI_BASE_URL": url, "MAX_RETRIES": "0", **more}
+
+
 class Log(logging.Handler):
     """A handler that keeps the JSON lines of a service's log."""
 
@@ -173,6 +178,7 @@ async def _wait_for_end(tasks: set[asyncio.Task[Any]]) -> None:
 
 StartService = Callable[..., Awaitable[RunningService]]
 StartUpstream = Callable[[Script], Awaitable[Upstream]]
+StartRelay = Callable[..., Awaitable[tuple[RunningService, Upstream]]]
 
 
 @pytest.fixture
@@ -202,6 +208,18 @@ def upstream(stack: AsyncExitStack) -> StartUpstream:
 
     async def start(script: Script) -> Upstream:
         return await stack.enter_async_context(running_upstream(script))
+
+    return start
+
+
+@pytest.fixture
+def relay(service: StartService, upstream: StartUpstream) -> StartRelay:
+    """Return a function that starts a scripted provider and a service in front of it:
+    `app, provider = await relay(script, HEARTBEAT_SECONDS="1")`."""
+
+    async def start(script: Script, **env: str) -> tuple[RunningService, Upstream]:
+        provider = await upstream(script)
+        return await service(**openai_env(provider.url, **env)), provider
 
     return start
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import anyio
 from anyio.lowlevel import checkpoint
 
-from tests.client import CANARY, Client, Response
-from tests.conftest import TIMEOUT_SECONDS, RunningService, running_service
+from tests.client import Client, Response
+from tests.conftest import TIMEOUT_SECONDS, RunningService, openai_env, running_service
 from tests.upstream import Script, Upstream, running_upstream
 
 SESSION = "mine"
@@ -39,12 +39,7 @@ def expected_level(outcome: str) -> str:
 
 def provider_env(url: str) -> dict[str, str]:
     """Return settings with one provider at `url`, without retries and rate limit."""
-    return {
-        "OPENAI_API_KEY": CANARY,
-        "OPENAI_BASE_URL": url,
-        "RATE_LIMIT": "off",
-        "MAX_RETRIES": "0",
-    }
+    return openai_env(url, RATE_LIMIT="off")
 
 
 def count_open_files() -> int:
@@ -157,10 +152,14 @@ def get_outcome(last: dict[str, Any]) -> str:
 
 
 async def connect_slow_client(url: str) -> Client:
-    """Return a client that buffers 4 KiB in the kernel and nothing itself until it reads."""
+    """Return a client that buffers 4 KiB in the kernel and nothing itself until it reads.
+
+    Its small segments let the service's kernel buffer 100 kB for it. On loopback, 3 MB are usual.
+    """
     parts = urlsplit(url)
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
     return Client(*await asyncio.open_connection(sock=sock, limit=1))

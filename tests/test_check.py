@@ -1,8 +1,10 @@
 """`--check`: its results, its exit status, and the settings it prints, against real servers."""
 
+import asyncio
 import json
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import pytest
 from check import check, effective_settings
 from errors import ServiceError
 from service import create_state
-from settings import Settings, SettingsError, from_env
+from settings import Settings, SettingsError, from_env, startup_warnings
 from tests.client import CANARY
 from tests.conftest import StartUpstream
 from tests.upstream import Connection, Script, response
 
+ROOT = Path(__file__).parent.parent
 CALLER_KEY = "caller-key-0123456789abcdef"
 GATEWAY_KEY = "gateway-key-0123456789"
 # Everything that must not be printed.
@@ -48,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     async def run_check(**env: str) -> tuple[int, list[str]]:
         lines: list[str] = []
-        status = await check(from_env({**OPENAI, **env}), create_state, lines.append)
+        status = await check(from_env({**OPENAI, **env}), [], create_state, lines.append)
         assert not [line for line in lines if any(secret in line for secret in SECRETS)]
         assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
         results = [line[:-1] for line in lines if not line[0].isupper()]
@@ -180,9 +183,42 @@ async def test_invalid_proxy_raises_settings_error(
     assert GATEWAY_KEY not in str(error.value)
 
 
-async def test_mock_as_default_provider_is_a_warning(run: Run) -> None:
-    warning = "warning: the default provider is the mock provider; set OPENAI_API_KEY"
-    assert await run(OPENAI_API_KEY="") == (0, [warning])
+async def test_warnings_of_a_start_are_written_without_changing_the_status() -> None:
+    settings = from_env({"STATE_URL": "memory://"})
+    (no_provider,) = startup_warnings(settings, [])
+    lines: list[str] = []
+    assert (
+        await check(settings, startup_warnings(settings, ["PROT"]), create_state, lines.append) == 0
+    )
+    assert [line for line in lines if not line[0].isupper()] == [
+        "warning: PROT in .env is not a setting of this service; did you mean PORT?\n",
+        f"warning: {no_provider}\n",
+        "ok: STATE_URL: memory:// can be used\n",
+    ]
+
+
+async def test_command_prints_the_results_and_exits_with_their_status(
+    upstream: StartUpstream, tmp_path: Path
+) -> None:
+    provider = await upstream(responding(401, b"{}"))
+    env = {"PYTHONPATH": str(ROOT), "STATE_URL": "memory://", "OPENAI_API_KEY": CANARY}
+    for url, status in ((provider.url, 1), ("", 2)):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "service", "--check"),
+            cwd=tmp_path,
+            env={**env, "OPENAI_BASE_URL": url or "invalid"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = (data.decode() for data in await process.communicate())
+        assert process.returncode == status
+        assert CANARY not in output + errors
+        if url:
+            assert "error: openai rejected the API key (401); check OPENAI_API_KEY\n" in output
+            assert errors == ""
+        else:
+            assert errors.startswith("Invalid configuration: OPENAI_BASE_URL must be a URL")
+            assert output == ""
 
 
 # The session store
@@ -191,7 +227,7 @@ async def test_mock_as_default_provider_is_a_warning(run: Run) -> None:
 async def test_store_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     settings = from_env({"STATE_URL": f"sqlite:///{tmp_path}/missing/chat.db"})
     lines: list[str] = []
-    assert await check(settings, create_state, lines.append) == 1
+    assert await check(settings, [], create_state, lines.append) == 1
     assert [
         line for line in lines if line.startswith(f"error: {settings.state_url} cannot be used")
     ]
@@ -210,7 +246,7 @@ async def test_store_that_does_not_respond_is_an_error_and_is_closed() -> None:
     store = Store()
     settings = from_env({"STATE_URL": "redis://me:redis-password@host:1/0"})
     lines: list[str] = []
-    assert await check(settings, lambda settings: (None, store), lines.append) == 1
+    assert await check(settings, [], lambda settings: (None, store), lines.append) == 1
     assert "error: redis://host:1/0 cannot be used: It does not respond.\n" in lines
     assert store.closed
 

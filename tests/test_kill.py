@@ -24,9 +24,8 @@ from pathlib import Path
 import h11
 import pytest
 
-from tests.conftest import TIMEOUT_SECONDS, Log, RunningService, StartUpstream
-from tests.test_conversations import answered, classify_error, on_session, remembered, repeat, sent
-from tests.test_service import openai
+from tests.conftest import TIMEOUT_SECONDS, Log, RunningService, StartUpstream, openai_env
+from tests.test_conversations import echo, echoed, provider_messages, read_messages, request_session
 from tests.upstream import DONE, END, Connection, delta
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +85,9 @@ async def said_to_the_end(app: RunningService, message: str, session_id: str) ->
 async def test_a_conversation_goes_on_after_a_stop_and_after_a_kill_in_the_middle_of_an_answer(
     upstream: StartUpstream, tmp_path: Path, how: signal.Signals
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     file = tmp_path / "chat.db"
-    env = openai(provider.url, SYSTEM_PROMPT="Be brief.")
+    env = openai_env(provider.url, SYSTEM_PROMPT="Be brief.")
     async with running_process(file, env) as (app, process):
         assert await said_to_the_end(app, "one", "mine") == "done"
         if how is signal.SIGKILL:
@@ -98,22 +97,22 @@ async def test_a_conversation_goes_on_after_a_stop_and_after_a_kill_in_the_middl
 
             provider.script = hold
             assert (await (await app.chat("lost", session_id="mine")).event())["chunk"] == "You sa"
-            provider.script = repeat
+            provider.script = echo
         process.send_signal(how)
         await process.wait()
         # What a stop leaves is one file with everything in it.
         assert names(tmp_path) == {"chat.db"} or how is signal.SIGKILL
     async with running_process(file, env) as (app, _):
-        assert await remembered(app, "mine") == answered("one")
+        assert await read_messages(app, "mine") == echoed("one")
         assert await said_to_the_end(app, "two", "mine") == "done"
         assert await said_to_the_end(app, "three", "mine") == "done"
-        assert await remembered(app, "mine") == answered("one", "two", "three")
+        assert await read_messages(app, "mine") == echoed("one", "two", "three")
     system = ("system", "Be brief.", True)
     whole = [each for each in provider.requests if each.body["messages"][-1]["content"] != "lost"]
     assert [request.body["messages"] for request in whole] == [
-        sent(system, ("user", "one", True)),
-        sent(system, *answered("one"), ("user", "two", True)),
-        sent(system, *answered("one", "two"), ("user", "three", True)),
+        provider_messages(system, ("user", "one", True)),
+        provider_messages(system, *echoed("one"), ("user", "two", True)),
+        provider_messages(system, *echoed("one", "two"), ("user", "three", True)),
     ]
 
 
@@ -160,14 +159,14 @@ class Talk:
         """All that was done is remembered, of the last message all or nothing, and nothing else."""
         if self.session_id is None:
             return
-        reply = await on_session(app, "GET", self.session_id)
+        reply = await request_session(app, "GET", self.session_id)
         if reply.status == 404:
             # An issued id, whose first answer never ended.
             assert self.done == []
             return
         messages = (await reply.json())["messages"]
         kept = [(each["role"], each["content"], each["complete"]) for each in messages]
-        assert kept in (answered(*self.done), answered(*self.asked))
+        assert kept in (echoed(*self.done), echoed(*self.asked))
         self.done = [content for role, content, _ in kept if role == "user"]
         self.asked = [*self.done]
 
@@ -195,7 +194,7 @@ async def test_whatever_a_client_was_told_is_done_outlives_a_kill_and_nothing_is
     dice = random.Random(seed)
 
     async def word_by_word(request: Connection) -> None:
-        """What `repeat` says, held until the next request comes: one is always in the middle."""
+        """What `echo` says, held until the next request comes: one is always in the middle."""
         after = len(provider.requests)
         await request.stream(delta("You"), delta(" said"))
         await provider.wait_for_request(after)
@@ -207,7 +206,7 @@ async def test_whatever_a_client_was_told_is_done_outlives_a_kill_and_nothing_is
         await request.send(END)
 
     provider = await upstream(word_by_word)
-    env = openai(provider.url)
+    env = openai_env(provider.url)
     file = tmp_path / "chat.db"
     talks: list[Talk] = []
     cut = 0
@@ -278,26 +277,26 @@ async def test_while_the_disk_is_full_answers_end_in_errors_and_afterwards_all_i
     disk: Callable[[Path], AbstractContextManager[None]],
     full: Callable[[asyncio.subprocess.Process, Path], AbstractContextManager[None]],
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     file = tmp_path / "chat.db"
     with disk(tmp_path):
-        async with running_process(file, openai(provider.url)) as (app, process):
+        async with running_process(file, openai_env(provider.url)) as (app, process):
             assert await said_to_the_end(app, "one", "mine") == "done"
             with full(process, tmp_path):
                 events = await (await app.chat("two", session_id="mine")).events()
                 assert [each.get("chunk") for each in events] == ["You said ", "two", None]
                 assert events[-1]["error"]["code"] == "state_unavailable"
                 unsaid = await app.chat("two", session_id="new")
-                assert await classify_error(unsaid) == (503, "state_unavailable")
-                assert await remembered(app, "mine") == answered("one")
+                assert await unsaid.status_and_code() == (503, "state_unavailable")
+                assert await read_messages(app, "mine") == echoed("one")
             assert await said_to_the_end(app, "three", "mine") == "done"
             assert await said_to_the_end(app, "two", "new") == "done"
-            assert await remembered(app, "mine") == answered("one", "three")
+            assert await read_messages(app, "mine") == echoed("one", "three")
             process.kill()
             await process.wait()
         check_integrity(file, tmp_path / "copy")
-        async with running_process(file, openai(provider.url)) as (app, _):
-            assert await remembered(app, "mine") == answered("one", "three")
+        async with running_process(file, openai_env(provider.url)) as (app, _):
+            assert await read_messages(app, "mine") == echoed("one", "three")
 
 
 def test_a_state_url_that_cannot_be_used_ends_the_process_with_one_line(tmp_path: Path) -> None:

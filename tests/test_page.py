@@ -12,8 +12,7 @@ pytest.importorskip("playwright", reason="needs what `make test-all` installs")
 from axe_playwright_python.async_playwright import Axe
 
 from tests.browser import Line, Tab, need_chromium, open_tab
-from tests.conftest import StartService, StartUpstream
-from tests.test_service import openai
+from tests.conftest import StartService, StartUpstream, openai_env
 from tests.upstream import END, Connection, delta
 
 pytestmark = pytest.mark.slow
@@ -68,7 +67,7 @@ async def test_pieces_are_shown_as_they_arrive_and_finished_blocks_are_left_alon
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="Second").wait_for()
@@ -110,7 +109,7 @@ async def test_stop_closes_the_line_to_the_provider_and_keeps_what_was_said(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(so_far)
-    app = await service(**openai(provider.url), RATE_LIMIT="off")
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
@@ -139,7 +138,7 @@ async def test_a_reload_in_the_middle_of_an_answer_shows_what_was_said(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(so_far)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
@@ -215,7 +214,7 @@ async def test_a_conversation_that_is_left_before_it_is_fetched_is_not_asked_for
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(so_far)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
@@ -350,7 +349,7 @@ async def test_a_line_that_is_cut_is_told_as_what_it_is(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(so_far)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     line = Line(app.url)
     tab = await browse(await line.listen())
     await tab.say("Hello")
@@ -400,7 +399,7 @@ async def test_a_hostile_answer_runs_nothing_and_loads_nothing(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda c: c.complete(HOSTILE[:40], HOSTILE[40:]))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
@@ -520,7 +519,7 @@ async def test_markdown_is_shown_the_same_piece_by_piece_and_at_once(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda connection: connection.complete(*MARKDOWN))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
@@ -555,7 +554,7 @@ async def test_a_table_is_what_github_takes_for_one(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda c: c.complete(c.body["messages"][-1]["content"]))
-    app = await service(**openai(provider.url), RATE_LIMIT="off")
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
     tab = await browse(app.url)
     for number, (markdown, shown) in enumerate(TABLES.items(), 1):
         await tab.say(markdown)
@@ -572,7 +571,7 @@ async def test_a_small_answer_does_not_make_a_huge_table(
 ) -> None:
     hostile = f"{'a|' * 1000}\n{'-|' * 1000}\n" + "x\n" * 1000
     provider = await upstream(lambda connection: connection.complete(hostile))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
@@ -596,7 +595,7 @@ async def test_a_wide_table_scrolls_by_itself_while_it_arrives(
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, viewport=SIZES["narrow"])
     await tab.say("Hello")
     steps.put_nowait(WIDE[:22])
@@ -630,7 +629,7 @@ async def test_code_can_be_read_and_copied_while_it_arrives(
         await connection.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.say("Hello")
     await tab.page.locator("pre", has_text="xxx").wait_for()
@@ -654,7 +653,7 @@ async def test_code_is_copied_as_it_is(
 ) -> None:
     answer = "```python\nif a < b:\n    pass\n```\n"
     provider = await upstream(lambda connection: connection.complete(answer))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.say("Hello")
     await tab.ended()
@@ -731,7 +730,7 @@ async def test_the_keyboard_reaches_nothing_beneath_header_and_composer(
 ) -> None:
     answer = "".join(f"[link](https://example.com/) {n}\n\n```\n{n}\n```\n" for n in range(20))
     provider = await upstream(lambda connection: connection.complete(answer))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     # The smallest that WCAG 2.2 asks for (1.4.10): 1280 pixels at four times the size.
     tab = await browse(app.url, viewport={"width": 320, "height": 640})
     assert await tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -760,7 +759,7 @@ async def test_new_text_is_followed_until_the_reader_scrolls_up_however_little(
             await connection.send_events(delta(await chunks.get()))
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     left = (
         "document.documentElement.scrollHeight - document.documentElement.clientHeight"
@@ -800,7 +799,7 @@ async def test_a_screen_reader_is_told_words_apart(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(lambda connection: connection.complete("One.\n\nTwo.\n\n- Three"))
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url))
     tab = await browse(app.url)
     await tab.say("Hello")
     await tab.ended()
@@ -838,7 +837,7 @@ async def test_axe_finds_nothing(
     provider = await upstream(
         lambda connection: connection.complete(WIDE, "\n", MARKDOWN, "x" * 500)
     )
-    app = await service(**openai(provider.url), MODELS="gpt-4o-mini,mock/*")
+    app = await service(**openai_env(provider.url), MODELS="gpt-4o-mini,mock/*")
     tab = await browse(app.url, viewport=SIZES[size], color_scheme=scheme)
 
     async def check() -> None:

@@ -36,11 +36,10 @@ from server import Drain
 from service import create_app
 from settings import Rate, SettingsError, from_env
 from tests.client import CANARY
-from tests.conftest import RunningService, StartService, StartUpstream, raises
+from tests.conftest import RunningService, StartService, StartUpstream, openai_env, raises
 from tests.redis_server import RedisServer, find_program, free_port, running_relay
-from tests.test_conversations import answered, classify_error, on_session, remembered, repeat
+from tests.test_conversations import echo, echoed, read_messages, request_session
 from tests.test_ratelimit import Clock, gaps, rates
-from tests.test_service import openai
 from tests.test_sessions import (
     CALLER,
     MAX_CHARS,
@@ -370,8 +369,8 @@ async def finish(request: Connection) -> None:
 async def test_chat_request_makes_at_most_three_round_trips(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
-    provider = await upstream(repeat)
-    app = await service(**openai(provider.url, STATE_URL=own_redis.url))
+    provider = await upstream(echo)
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url))
     client = await app.connect()
     await (await client.chat("one", session_id="mine")).events()
     with own_redis.shell() as shell, shell.monitor() as monitor:
@@ -391,10 +390,10 @@ async def expect_unavailable(app: RunningService) -> None:
     """Check the responses of all routes while Redis does not respond."""
     reply = await app.chat("lost", session_id="mine")
     assert reply.headers["retry-after"] == "1"
-    assert await classify_error(reply) == (503, "state_unavailable")
+    assert await reply.status_and_code() == (503, "state_unavailable")
     assert (await app.get("/readyz")).status == 503
     assert (await app.get("/healthz")).status == 200
-    assert (await on_session(app, "GET", "mine")).status == 503
+    assert (await request_session(app, "GET", "mine")).status == 503
 
 
 async def outcome(chat: Awaitable[Any]) -> str:
@@ -407,8 +406,8 @@ async def outcome(chat: Awaitable[Any]) -> str:
 async def test_service_recovers_after_redis_was_killed_and_restarted(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
-    provider = await upstream(repeat)
-    app = await service(**openai(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="off"))
+    provider = await upstream(echo)
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="off"))
     assert await outcome(app.chat("one", session_id="mine")) == "done"
     provider.script = hold
     running = [await app.chat("cut", session_id=name) for name in ("mine", None)]
@@ -421,16 +420,16 @@ async def test_service_recovers_after_redis_was_killed_and_restarted(
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
     own_redis.start()
-    provider.script = repeat
+    provider.script = echo
     while True:
         reply = await app.chat("two", session_id="mine")
         if reply.status == 200:
             break
         # The lock of the failed response, until its lease expires.
-        assert await classify_error(reply) == (409, "session_busy")
+        assert await reply.status_and_code() == (409, "session_busy")
         await asyncio.sleep(0.1)
     await reply.events()
-    assert await remembered(app, "mine") == answered("one", "two")
+    assert await read_messages(app, "mine") == echoed("one", "two")
     assert (await app.get("/readyz")).status == 200
 
 
@@ -438,32 +437,32 @@ async def test_service_recovers_after_redis_was_paused(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
     provider = await upstream(hold)
-    app = await service(**openai(provider.url, STATE_URL=own_redis.url))
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url))
     running = await app.chat("cut", session_id="other")
     async with own_redis.paused(5.0):
         await asyncio.gather(*(expect_unavailable(app) for _ in range(20)))
         await finish(await provider.wait_for_request())
         ended = (await running.events())[-1]
         assert ended["error"]["code"] == "state_unavailable"
-    provider.script = repeat
+    provider.script = echo
     assert await outcome(app.chat("one", session_id="mine")) == "done"
-    assert await remembered(app, "mine") == answered("one")
+    assert await read_messages(app, "mine") == echoed("one")
 
 
 async def test_full_redis_rejects_chats_and_lets_running_ones_end(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
     provider = await upstream(hold)
-    app = await service(**openai(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="3/day"))
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="3/day"))
     running = await app.chat("begun", session_id="mine")
     with own_redis.full():
         for _ in range(3):
             reply = await app.chat("lost", session_id="other")
             assert reply.headers["retry-after"] == "1"
-            assert await classify_error(reply) == (503, "state_unavailable")
+            assert await reply.status_and_code() == (503, "state_unavailable")
         await finish(await provider.wait_for_request())
         assert (await running.events())[-1]["status"] == "done"
-    provider.script = repeat
+    provider.script = echo
     assert await outcome(app.chat("next", session_id="mine")) == "done"
     assert await outcome(app.chat("last", session_id="mine")) == "done"
     assert (await app.chat("too many", session_id="mine")).status == 429
@@ -472,8 +471,8 @@ async def test_full_redis_rejects_chats_and_lets_running_ones_end(
 async def test_new_session_that_cannot_be_stored_in_full_redis_ends_with_an_error(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
-    provider = await upstream(repeat)
-    app = await service(**openai(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="off"))
+    provider = await upstream(echo)
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="off"))
     with own_redis.full():
         assert await outcome(app.chat("lost")) == "state_unavailable"
     assert await outcome(app.chat("kept")) == "done"
@@ -482,15 +481,15 @@ async def test_new_session_that_cannot_be_stored_in_full_redis_ends_with_an_erro
 async def test_service_works_with_slow_redis_and_recovers_after_lost_replies(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     with running_relay(own_redis.port) as (relay, url):
         relay.delay = 0.1
-        app = await service(**openai(provider.url, STATE_URL=url))
+        app = await service(**openai_env(provider.url, STATE_URL=url))
         assert await outcome(app.chat("one", session_id="mine")) == "done"
         relay.dropping = True
         await expect_unavailable(app)
         relay.dropping = False
         assert await outcome(app.chat("two", session_id="mine")) == "done"
-        assert await remembered(app, "mine") == answered("one", "two")
+        assert await read_messages(app, "mine") == echoed("one", "two")
         relay.delay = 3.0
         await expect_unavailable(app)

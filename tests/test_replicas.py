@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.client import Response
-from tests.conftest import Log, RunningService, StartUpstream
+from tests.conftest import Log, RunningService, StartUpstream, openai_env
 from tests.redis_server import RedisServer, find_program, free_port
-from tests.test_conversations import answered, classify_error, on_session, repeat, sent
+from tests.test_conversations import echo, echoed, provider_messages, request_session
 from tests.test_kill import running_process
 from tests.test_redis_state import finish, hold
-from tests.test_service import openai
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +67,7 @@ class Replicas:
         assert (await reply.events())[-1]["status"] == "done"
 
     async def stored_messages(self, session_id: str = "mine") -> list[tuple[str, str, bool]]:
-        view = await (await on_session(self.balancer, "GET", session_id, AUTH)).json()
+        view = await (await request_session(self.balancer, "GET", session_id, AUTH)).json()
         return [(item["role"], item["content"], item["complete"]) for item in view["messages"]]
 
 
@@ -114,7 +113,7 @@ async def running_replicas(
         "RATE_LIMIT": "10/hour",
         "RATE_LIMIT_API_KEY": "off",
         "API_KEYS": f"app:{KEY}",
-        **openai(url, **settings),
+        **openai_env(url, **settings),
     }
     async with AsyncExitStack() as stack:
         started = [
@@ -138,17 +137,17 @@ async def running_replicas(
 async def test_replicas_share_sessions_locks_and_rate_limits(
     upstream: StartUpstream, redis: RedisServer, tmp_path: Path, count: int
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     async with running_replicas(count, redis, tmp_path, provider.url) as replicas:
         messages = [f"number {n}" for n in range(3 * count)]
         for message in messages:
             await replicas.complete(message)
-        assert await replicas.stored_messages() == answered(*messages)
+        assert await replicas.stored_messages() == echoed(*messages)
         last = provider.requests[-1].body["messages"]
-        assert last == sent(*answered(*messages[:-1]), ("user", messages[-1], True))
+        assert last == provider_messages(*echoed(*messages[:-1]), ("user", messages[-1], True))
         for replica in replicas.services:
             assert await replica.metric('chat_requests_total{outcome="done",route="/api/v1/chat"')
-        view = await (await on_session(replicas.balancer, "GET", "mine", AUTH)).json()
+        view = await (await request_session(replicas.balancer, "GET", "mine", AUTH)).json()
         times = [view["created_at"], *(message["created_at"] for message in view["messages"])]
         for text in times:
             age = datetime.now(UTC) - datetime.fromisoformat(text)
@@ -173,7 +172,7 @@ async def test_replicas_share_sessions_locks_and_rate_limits(
 async def test_session_of_a_killed_replica_is_unlocked(
     upstream: StartUpstream, redis: RedisServer, tmp_path: Path
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     async with running_replicas(2, redis, tmp_path, provider.url) as replicas:
         await replicas.complete("one")
         await replicas.complete("two")
@@ -182,13 +181,13 @@ async def test_session_of_a_killed_replica_is_unlocked(
         assert (await reply.event())["chunk"] == "You said "
         replicas.processes[0].kill()
         await replicas.processes[0].wait()
-        provider.script = repeat
-        assert await classify_error(await replicas.chat("too early")) == (409, "session_busy")
+        provider.script = echo
+        assert await (await replicas.chat("too early")).status_and_code() == (409, "session_busy")
         with redis.shell() as shell:
             [lock] = shell.scan_iter("chat:lock:*")
             assert 0 < int(str(shell.pttl(lock))) < 5000
         await replicas.complete("three")
-        assert await replicas.stored_messages() == answered("one", "two", "three")
+        assert await replicas.stored_messages() == echoed("one", "two", "three")
 
 
 async def test_replica_that_stalled_past_its_lease_stores_nothing(
@@ -201,13 +200,13 @@ async def test_replica_that_stalled_past_its_lease_stores_nothing(
         replicas.processes[0].send_signal(signal.SIGSTOP)
         # Not through the balancer, which could choose the stopped replica.
         other = Replicas(replicas.services[1], [], [])
-        provider.script = repeat
+        provider.script = echo
         await other.complete("stored")
         replicas.processes[0].send_signal(signal.SIGCONT)
         await finish(await provider.wait_for_request())
         ended = (await reply.events())[-1]
         assert (ended["status"], ended["error"]["code"]) == ("error", "state_unavailable")
-        assert await replicas.stored_messages() == answered("stored")
+        assert await replicas.stored_messages() == echoed("stored")
 
 
 @dataclass
@@ -226,7 +225,7 @@ class PersistentClient:
             self.sent.append(message)
             reply = await self.replicas.chat(message, self.session_id)
             if reply.status != 200:
-                assert await classify_error(reply) in (
+                assert await reply.status_and_code() in (
                     (503, "state_unavailable"),
                     # The lock of a turn that could not be stored, until its lease expires.
                     (409, "session_busy"),
@@ -247,7 +246,7 @@ class PersistentClient:
         """Check that each done message is stored, once, in order and with its response."""
         stored = await self.replicas.stored_messages(self.session_id)
         messages = [content for role, content, _ in stored if role == "user"]
-        assert stored == answered(*messages)
+        assert stored == echoed(*messages)
         assert messages == [message for message in self.sent if message in messages]
         assert set(self.done) <= set(messages)
 
@@ -255,7 +254,7 @@ class PersistentClient:
 async def test_restarts_of_redis_under_load_lose_no_turn_and_no_rate_limit(
     upstream: StartUpstream, redis: RedisServer, tmp_path: Path
 ) -> None:
-    provider = await upstream(repeat)
+    provider = await upstream(echo)
     admitted = 0
 
     async def send_anonymous_requests(replicas: Replicas) -> None:

@@ -4,21 +4,20 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
 
 from providers import Call, Completion, LLMProvider, Message, Sink
 from tests.client import CANARY, JSON, Client
-from tests.conftest import RunningService, StartService, StartUpstream
+from tests.conftest import RunningService, StartRelay, StartService
 from tests.faults import connect_slow_client
 from tests.upstream import (
     DONE,
     END,
     Connection,
     Script,
-    Upstream,
     delta,
     event,
     http_chunk,
@@ -27,33 +26,9 @@ from tests.upstream import (
 
 CHAT = "/api/v1/chat"
 HELLO = b'{"message": "Hello"}'
+WRONG_KEY = {"authorization": "Bearer wrong"}
 # A timeout that no test waits for.
 NEVER = "3600"
-
-
-def openai(url: str, **more: str) -> dict[str, str]:
-    """Return settings with one provider at `url`, without retries."""
-    return {
-        "OPENAI_API_KEY": CANARY,
-        "OPENAI_BASE_URL": url,
-        "MAX_RETRIES": "0",
-        **more,
-    }
-
-
-StartRelay = Callable[..., Awaitable[tuple[RunningService, Upstream]]]
-
-
-@pytest.fixture
-def relay(service: StartService, upstream: StartUpstream) -> StartRelay:
-    """Return a function that starts a provider and a service in front of it:
-    `await relay(script, HEARTBEAT_SECONDS="1")`."""
-
-    async def start(script: Script, **env: str) -> tuple[RunningService, Upstream]:
-        provider = await upstream(script)
-        return await service(**openai(provider.url, **env)), provider
-
-    return start
 
 
 # Scripts of a provider
@@ -222,6 +197,7 @@ async def test_done_event_has_null_for_what_the_provider_did_not_send(
         ("POST", CHAT, b'["Hello"]', JSON, 400, "invalid_json"),
         ("POST", CHAT, b'{"message": "\xff"}', JSON, 400, "invalid_json"),
         ("POST", CHAT, b'{"message": "\\ud800"}', JSON, 400, "invalid_json"),
+        ("POST", CHAT, HELLO, {**JSON, **WRONG_KEY}, 401, "invalid_api_key"),
         ("GET", "/nowhere", None, {}, 404, "not_found"),
         ("POST", "/api/v1/chats", HELLO, JSON, 404, "not_found"),
         ("GET", "/healthz/", None, {}, 404, "not_found"),
@@ -232,11 +208,13 @@ async def test_done_event_has_null_for_what_the_provider_did_not_send(
         ("OPTIONS", CHAT, None, {}, 405, "method_not_allowed"),
         ("POST", "/api/v1/models", b"", {}, 405, "method_not_allowed"),
         ("DELETE", "/healthz", None, {}, 405, "method_not_allowed"),
+        ("POST", CHAT, b"x" * 101, JSON, 413, "body_too_large"),
+        ("POST", CHAT, HELLO, {}, 415, "unsupported_media_type"),
         ("POST", CHAT, b"{}", JSON, 422, "invalid_request"),
         ("POST", CHAT, b'{"message": " "}', JSON, 422, "invalid_request"),
     ],
 )
-async def test_invalid_request_returns_an_error_that_is_not_retryable(
+async def test_invalid_request_returns_an_error_with_its_id_and_one_log_line(
     service: StartService,
     method: str,
     path: str,
@@ -245,12 +223,16 @@ async def test_invalid_request_returns_an_error_that_is_not_retryable(
     status: int,
     code: str,
 ) -> None:
-    app = await service()
+    app = await service(MAX_BODY_BYTES="100")
+    headers = {**headers, "x-request-id": "mine"}
     reply = await (await app.connect()).request(method, path, body, headers)
     error = await reply.error()
     assert (reply.status, error["code"]) == (status, code)
     assert (error["retryable"], error["retry_after"]) == (False, None)
-    assert (await app.log.wait_for_request())["outcome"] == code
+    await app.log.wait_for_request()
+    (line,) = app.log.requests()
+    fields = (line["request_id"], line["method"], line["status"], line["outcome"])
+    assert fields == ("mine", method, status, code)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/v1/chat/completions"])
@@ -454,7 +436,6 @@ async def test_rejected_request_releases_its_stream_slot(relay: StartRelay) -> N
     assert (await client.chat()).status == 200
 
 
-WRONG_KEY = {"authorization": "Bearer wrong"}
 WRONG_TYPE = {"content-type": "text/plain"}
 TOO_LARGE = b"x" * 200
 
@@ -1003,7 +984,9 @@ async def test_host_outside_allowed_hosts_returns_400(
     app = await service(ALLOWED_HOSTS="localhost,*.example.com,[::1]")
     reply = await (await app.connect()).request("GET", "/healthz", headers={"host": host})
     assert reply.status == status
-    assert "x-request-id" in reply.headers
+    line = await app.log.wait_for_request()
+    assert line["request_id"] == reply.headers["x-request-id"]
+    assert line["outcome"] == ("done" if status == 200 else "rejected")
 
 
 async def test_two_services_in_one_process_share_no_state(service: StartService) -> None:

@@ -374,6 +374,20 @@ def test_only_secrets_are_read_from_files(tmp_path: Path) -> None:
     assert from_env({"PORT_FILE": str(file)}) == from_env({})
 
 
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("memory://", "memory://"),
+        ("sqlite:////data/a@b.db", "sqlite:////data/a@b.db"),
+        ("redis://localhost", "redis://localhost"),
+        ("redis://me:s3cret@host:6379/0", "redis://host:6379/0"),
+        ("rediss://:s3/cr@et@host/1?password=s3cret", "rediss://host/1"),
+    ],
+)
+def test_public_state_url_has_no_user_password_and_options(url: str, public: str) -> None:
+    assert from_env({"STATE_URL": url}).public_state_url == public
+
+
 def test_one_name_can_have_several_api_keys() -> None:
     new = f"{CALLER_KEY}-new"
     keys = from_env({"API_KEYS": f"app:{CALLER_KEY}, app:{new} ,other-2:{new[::-1]}"}).api_keys
@@ -520,6 +534,13 @@ def test_fallback_to_unknown_provider_is_a_warning_for_other_servers() -> None:
     ]
 
 
+def test_missing_provider_is_a_warning() -> None:
+    (warning,) = startup_warnings(from_env({}), [])
+    assert warning.startswith("No provider is configured; using the mock provider. Set OPENAI_API_")
+    assert list(startup_warnings(from_env({"DEFAULT_PROVIDER": "mock"}), [])) == []
+    assert list(startup_warnings(from_env(OPENAI), [])) == []
+
+
 # The .env file
 
 
@@ -645,11 +666,11 @@ def test_copy_of_the_example_starts_the_mock(tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
+        lines = process.stdout.readline() + process.stdout.readline()
         process.terminate()
         process.communicate()
-    assert "http://127.0.0.1:" in first
-    assert "using the mock provider" in second
+    assert "http://127.0.0.1:" in lines
+    assert "using the mock provider" in lines
 
 
 # Reading the environment

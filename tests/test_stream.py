@@ -571,12 +571,12 @@ async def test_first_of_two_aborts_counts() -> None:
     assert [event for event in scenario.events if "status" in event] == scenario.events[-1:]
 
 
-async def test_abort_before_the_stream_starts_ends_it_before_it_waits() -> None:
+async def test_abort_before_the_stream_starts_calls_no_provider() -> None:
     scenario = Scenario(1000.0)
     scenario.stream.abort(ServiceError("overloaded", "It is over."))
     with raises("overloaded"):
         await scenario.run()
-    assert scenario.log == ["closed", "stored"]
+    assert scenario.log == ["stored"]
     assert now() == 0
 
 

@@ -15,7 +15,8 @@ from tools.audit import evaluate
 from tools.docs import DOCS, PAGES, split
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 # ---- generated files
 
@@ -31,7 +32,15 @@ def test_env_example_is_up_to_date() -> None:
     assert text == configuration.example(), "run `make docs`"
 
 
-# ---- dependencies
+# ---- the package and its dependencies
+
+
+def test_every_module_is_packaged_and_measured_for_coverage() -> None:
+    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    assert PYPROJECT["tool"]["setuptools"]["py-modules"] == modules
+    # redis_state is measured by `make test-all`, because it needs Redis.
+    measured = PYPROJECT["tool"]["coverage"]["run"]["source_pkgs"]
+    assert measured == [name for name in modules if name != "redis_state"]
 
 
 def test_every_dependency_has_a_reason_and_is_in_the_audit_guide() -> None:
