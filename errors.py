@@ -92,7 +92,8 @@ class ServiceError(Exception):
     """An error that is reported to the caller.
 
     `retryable` overrides the advice of the code. `retry_after` is in seconds and is rounded up
-    when it is sent. `fields` are the invalid fields of an invalid_request.
+    when it is sent. `fields` are the invalid fields of an invalid_request. `reason` is for the
+    operator: a word that says more than the code, see `provider_errors.classify_error`.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class ServiceError(Exception):
         retryable: bool | None = None,
         retry_after: float | None = None,
         fields: Sequence[FieldProblem] = (),
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -110,6 +112,7 @@ class ServiceError(Exception):
         self.retryable = default if retryable is None else retryable
         self.retry_after = retry_after
         self.fields = list(fields)
+        self.reason = reason
 
     @property
     def cause(self) -> str | None:

@@ -26,8 +26,8 @@ from pydantic_core import from_json, to_json
 
 from errors import FieldProblem, ServiceError, invalid_request
 from http_client import HTTPTransport, ResponseBody, bypasses_proxy
-from openai_stream import Chunks, classify_error
-from openai_stream import CompletionParser as _Base
+from openai_stream import Chunks, CompletionParser
+from provider_errors import classify_error
 from settings import ProviderSettings, Settings, SettingsError
 from telemetry import Attempt
 
@@ -192,7 +192,7 @@ class OpenAIProvider(LLMProvider):
         return None if self._api_key and self._api_key in str(value) else value
 
 
-async def _read(body: ResponseBody, parser: "CompletionParser", sink: Sink) -> None:
+async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> None:
     """Read a stream until its parser has all it needs, or fails, or the body ends.
 
     Chunks are written to `sink` inside the connection's read callback.
@@ -212,7 +212,7 @@ async def _read(body: ResponseBody, parser: "CompletionParser", sink: Sink) -> N
 
     def consume(data: bytes) -> None:
         chunks = parser.feed(data)
-        if chunks is not None and not sink.write(chunks):
+        if chunks is not None and not sink.write([text for text in chunks if type(text) is str]):
             body.pause()
         if parser.error:
             body.stop()
@@ -238,7 +238,7 @@ async def _read(body: ResponseBody, parser: "CompletionParser", sink: Sink) -> N
             timer.cancel()
     last = parser.close()
     if last is not None:
-        sink.write(last)
+        sink.write([text for text in last if type(text) is str])
 
 
 async def _check(response: httpx.Response) -> None:
@@ -289,23 +289,6 @@ def translate_http_errors() -> Iterator[None]:
     except httpx.HTTPError as error:
         problem = "The connection to the provider failed. Retry."
         raise ServiceError("upstream_error", problem, retryable=True) from error
-
-
-class CompletionParser(_Base):  # TEMP
-    @property
-    def finished(self) -> bool:
-        return bool(self.finish_reason)
-
-    @property
-    def complete(self) -> bool:
-        return self.done or self.finished
-
-    def close(self) -> Chunks | None:
-        if not self.complete and not self.error:
-            self.error = ServiceError(
-                "upstream_incomplete", "The provider's response ended early. Retry."
-            )
-        return None
 
 
 def create_transport(target: httpx.URL) -> HTTPTransport:

@@ -319,7 +319,7 @@ class RedisStore(SessionStore):
             args += [duration, to_json(turn[:3])[:-1]]
             *retained, _ = trim_history([*session.turns, turn], self._max_chars)
             if len(retained) != count:
-                args += ["rewrite", *map(to_json, retained)]
+                args += ["rewrite", *(to_json(tuple(turn)) for turn in retained)]
         if await self._client.call(END, keys, *args) == b"lost":
             raise ServiceError("state_unavailable", LOST)
 

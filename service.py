@@ -355,7 +355,9 @@ async def sweep_periodically(store: SessionStore) -> None:
         await anyio.sleep(SWEEP_SECONDS)
 
 
-def create_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], SessionStore]:
+def create_state(
+    settings: Settings, log: logging.Logger
+) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """Return the rate limiters and the session store that STATE_URL names.
 
     Raise SettingsError if they cannot be opened.
@@ -369,7 +371,15 @@ def create_state(settings: Settings) -> tuple[Mapping[str, RateLimiter], Session
 
         return open_redis_state(url, limited, ttl=ttl, max_chars=chars)
     path = ":memory:" if url == "memory://" else url.removeprefix("sqlite:///")
-    store = SQLiteStore(path, ttl=ttl, max_chars=chars, clock=time.time)
+    store = SQLiteStore(
+        path,
+        ttl=ttl,
+        max_chars=chars,
+        clock=time.time,
+        log=log,
+        max_bytes=settings.state_max_bytes,
+        max_sessions=settings.max_sessions_per_caller,
+    )
     limiters = {kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()}
     return limiters, store
 
@@ -394,7 +404,7 @@ def create_app(
     """
     providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = create_state(settings)
+    limiters, store = create_state(settings, log)
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
     metrics.active_streams.set_function(lambda: streams.active)

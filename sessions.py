@@ -7,20 +7,20 @@ its history, `end` stores the new turn and unlocks the session.
 
 import asyncio
 import hashlib
-import os
+import logging
+import math
 import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import anyio
 from pydantic_core import from_json, to_json
 
+from database import Database, pseudonym
 from errors import ServiceError
-from settings import SettingsError
 
 # `s_` and 256 random bits. It cannot be guessed, so it serves as a credential.
 ISSUED_ID = re.compile("s_[A-Za-z0-9_-]{43}")
@@ -31,14 +31,16 @@ NOT_FOUND = "This session does not exist, has expired, or belongs to another cal
 UNAVAILABLE = (
     "The session store does not respond, so the latest turn may not be saved. Retry in 1 s."
 )
-# Stored in the file. A release rejects a file with a newer version than its own.
-SCHEMA_VERSION = 1
-# Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
-APPLICATION_ID = int.from_bytes(b"chat")
-# How long a write waits for another process (a backup, the sqlite3 shell) to unlock the file.
-BUSY_SECONDS = 1.0
+EVICTING = (
+    "Deleting the oldest idle sessions of a caller that has %d, because the session store is more"
+    " than half full. Raise MAX_SESSIONS_PER_CALLER or STATE_MAX_BYTES to keep them"
+)
+FULL = "The session store is full. Delete sessions that are no longer needed, or retry later."
 # A sweep deletes this many sessions at a time, so that no request waits long behind it.
 SWEEP_ROWS = 200
+# An API key stands for an application with many users.
+KEY_FACTOR = 10
+EVICTION_WARNING_SECONDS = 60.0
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ class Session(NamedTuple):
     """A snapshot of a session.
 
     `generation` distinguishes the session from later ones with the same id. It is None until the
-    session is stored.
+    session is stored. `creator` is set until then.
     """
 
     id: str
@@ -69,6 +71,7 @@ class Session(NamedTuple):
     created_at: float
     expires_at: float
     turns: Sequence[Turn] = ()
+    creator: str = ""
 
 
 class SessionStore(Protocol):
@@ -115,10 +118,11 @@ class SessionStore(Protocol):
         """Close the file or the connections."""
 
 
-def new_session(owner: str, now: float, ttl: float) -> Session:
+def new_session(creator: str, now: float, ttl: float) -> Session:
     """Return a session with an issued id, not stored and not locked: no caller knows the id yet."""
-    owner = owner if owner.startswith("key:") else ANYONE
-    return Session(f"s_{secrets.token_urlsafe(32)}", owner, None, now, now + ttl)
+    owner = creator if creator.startswith("key:") else ANYONE
+    session_id = f"s_{secrets.token_urlsafe(32)}"
+    return Session(session_id, owner, None, now, now + ttl, creator=creator)
 
 
 def allowed_owners(owner: str, session_id: str) -> tuple[str, str]:
@@ -148,22 +152,6 @@ def trim_history(turns: Iterable[Turn], max_chars: int) -> Sequence[Turn]:
     return retained[dropped:]
 
 
-# `turns` is a JSON list, bounded by HISTORY_MAX_CHARS, so every operation touches a single row.
-# AUTOINCREMENT never reuses a generation.
-SCHEMA = """
-CREATE TABLE session (
-    generation INTEGER PRIMARY KEY AUTOINCREMENT,
-    digest BLOB NOT NULL,
-    owner TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    expires_at REAL NOT NULL,
-    turns TEXT NOT NULL,
-    UNIQUE (digest, owner)
-);
-CREATE INDEX session_expires ON session (expires_at);
-"""
-
-
 class SQLiteStore(SessionStore):
     """Sessions in an SQLite database that only this process uses.
 
@@ -173,27 +161,36 @@ class SQLiteStore(SessionStore):
     Every change is a single statement, which SQLite applies completely or not at all. Session locks
     are a set that only the thread with the statements uses. Ids are stored as SHA-256 hashes, so a
     copy of the file does not let its reader continue a session.
+
+    The database does not grow beyond `max_bytes`. When it is more than half full, a caller that
+    creates a session and has `max_sessions` already loses its oldest idle one, and `on_evict` is
+    called. When the database or the disk is full, `open` and `check` raise state_unavailable.
     """
 
     def __init__(
-        self, path: str, *, ttl: float, max_chars: int, clock: Callable[[], float]
+        self,
+        path: str,
+        *,
+        ttl: float,
+        max_chars: int,
+        clock: Callable[[], float],
+        log: logging.Logger,
+        max_bytes: int = 2**30,
+        max_sessions: int = 1000,
+        on_evict: Callable[[], None] = lambda: None,
     ) -> None:
         self._ttl = ttl
         self._max_chars = max_chars
         self._clock = clock
+        self._log = log
+        self._max_sessions = max_sessions
+        self._on_evict = on_evict
+        self._warned_at = -math.inf
         self._busy: set[int | str | None] = set()
-        try:
-            self._db = open_database(path)
-        except (OSError, sqlite3.Error) as error:
-            raise SettingsError(
-                f"STATE_URL: {path} cannot be used: {error}. Set it to sqlite:///PATH, where this"
-                " process can write to PATH and its directory, or to memory://"
-            ) from None
+        self._db = Database(path, max_bytes, log)
         self._thread = None if path == ":memory:" else ThreadPoolExecutor(1, "sessions")
 
     async def open(self, owner: str, session_id: str | None) -> Session:
-        if session_id is None:
-            return new_session(owner, self._clock(), self._ttl)
         # Even a cancelled caller gets the session, because it has to unlock it.
         return await self._run(lambda: self._open(owner, session_id), shield=True)
 
@@ -211,7 +208,7 @@ class SQLiteStore(SessionStore):
             await asyncio.sleep(0)
 
     async def check(self) -> None:
-        await self._run(lambda: self._db.execute("SELECT 1 FROM session LIMIT 1").fetchone())
+        await self._run(self._check)
 
     async def aclose(self) -> None:
         await self._run(self._db.close)
@@ -236,15 +233,20 @@ class SQLiteStore(SessionStore):
 
     # `_run` calls the methods below.
 
-    def _open(self, owner: str, session_id: str) -> Session:
+    def _open(self, owner: str, session_id: str | None) -> Session:
+        now, creator = self._clock(), pseudonym(owner)
+        if session_id is None:
+            self._ensure_room()
+            return new_session(creator, now, self._ttl)
         session = self._load(owner, session_id)
-        if session is None:
-            if ISSUED_ID.fullmatch(session_id):
-                raise ServiceError("session_not_found", NOT_FOUND)
-            now = self._clock()
-            session = self._create(Session(session_id, owner, None, now, now + self._ttl))
-        if session.generation in self._busy:
+        if session is None and ISSUED_ID.fullmatch(session_id):
+            raise ServiceError("session_not_found", NOT_FOUND)
+        if session is not None and session.generation in self._busy:
             raise ServiceError("session_busy", BUSY, retry_after=1)
+        self._ensure_room()
+        if session is None:
+            new = Session(session_id, creator, None, now, now + self._ttl, creator=creator)
+            session = self._create(new)
         self._busy.add(session.generation)
         return session
 
@@ -258,7 +260,8 @@ class SQLiteStore(SessionStore):
         row = self._db.execute(
             "SELECT owner, generation, created_at, expires_at, turns FROM session"
             " WHERE digest = ? AND owner IN (?, ?)",
-            (_digest(session_id), *allowed_owners(owner, session_id)),
+            _digest(session_id),
+            *allowed_owners(pseudonym(owner), session_id),
         ).fetchone()
         if row is None or (row[3] <= self._clock() and row[1] not in self._busy):
             return None
@@ -268,10 +271,12 @@ class SQLiteStore(SessionStore):
 
     def _create(self, session: Session) -> Session:
         """Store a new session. It replaces an expired one with the same id."""
+        if self._db.is_half_full():
+            self._evict(session.creator)
         row = (_digest(session.id), session.owner, session.created_at, session.expires_at)
-        insert = "INSERT OR REPLACE INTO session VALUES (NULL, ?, ?, ?, ?, ?)"
-        generation = self._db.execute(insert, (*row, to_json(session.turns))).lastrowid
-        return session._replace(generation=generation)
+        insert = "INSERT OR REPLACE INTO session VALUES (NULL, ?, ?, ?, ?, ?, ?)"
+        created = self._db.execute(insert, *row, _serialize(session.turns), session.creator)
+        return session._replace(generation=created.lastrowid)
 
     def _end(self, session: Session, turn: Turn | None) -> None:
         try:
@@ -285,8 +290,8 @@ class SQLiteStore(SessionStore):
                 self._create(session)
             elif turn is not None:
                 update = "UPDATE session SET turns = ?, expires_at = ? WHERE generation = ?"
-                row = (to_json(session.turns), session.expires_at, session.generation)
-                if not self._db.execute(update, row).rowcount:
+                row = (_serialize(session.turns), session.expires_at, session.generation)
+                if not self._db.execute(update, *row).rowcount:
                     raise ServiceError("state_unavailable", LOST)
         finally:
             self._busy.discard(session.generation)
@@ -295,66 +300,54 @@ class SQLiteStore(SessionStore):
         session = self._find(owner, session_id)
         if session.generation in self._busy:
             raise ServiceError("session_busy", BUSY, retry_after=1)
-        self._db.execute("DELETE FROM session WHERE generation = ?", (session.generation,))
+        self._db.execute("DELETE FROM session WHERE generation = ?", session.generation)
+        if self._db.is_disk_full():
+            self._db.shrink()
 
-    def _sweep(self) -> int:
-        """Delete up to SWEEP_ROWS expired sessions and return how many were deleted."""
+    def _sweep(self) -> bool:
+        """Delete some expired sessions, shrink the file, and return whether that did anything."""
         deleted = self._db.execute(
             "DELETE FROM session WHERE generation IN (SELECT generation FROM session"
             " WHERE expires_at <= ? AND generation NOT IN (SELECT value FROM json_each(?))"
             " LIMIT ?)",
-            (self._clock(), to_json(self._busy).decode(), SWEEP_ROWS),
+            self._clock(),
+            to_json(self._busy).decode(),
+            1 if self._db.is_disk_full() else SWEEP_ROWS,
         )
-        # Return free pages to the file system, and truncate the write-ahead log, which still
-        # contains deleted text.
-        self._db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
-        return deleted.rowcount
+        return self._db.shrink() or deleted.rowcount > 0
+
+    def _evict(self, creator: str) -> None:
+        """Delete the caller's oldest idle session if it has as many as it may have."""
+        limit = self._max_sessions * (KEY_FACTOR if creator.startswith("key:") else 1)
+        evicted = self._db.execute(
+            "DELETE FROM session WHERE generation = (SELECT generation FROM session"
+            " WHERE creator = ? AND generation NOT IN (SELECT value FROM json_each(?))"
+            " ORDER BY expires_at LIMIT 1)"
+            " AND EXISTS (SELECT 1 FROM session WHERE creator = ? LIMIT 1 OFFSET ?)",
+            creator,
+            to_json(self._busy).decode(),
+            creator,
+            limit - 1,
+        )
+        if evicted.rowcount:
+            self._on_evict()
+            if self._clock() - self._warned_at >= EVICTION_WARNING_SECONDS:
+                self._warned_at = self._clock()
+                self._log.warning(EVICTING, limit)
+
+    def _check(self) -> None:
+        self._db.execute("SELECT 1 FROM session LIMIT 1").fetchone()
+        self._ensure_room()
+
+    def _ensure_room(self) -> None:
+        if self._db.is_full():
+            raise ServiceError("state_unavailable", FULL, retry_after=5)
+
+
+def _serialize(turns: Iterable[Turn]) -> bytes:
+    # pydantic-core serializes tuples four times as fast as named tuples.
+    return to_json([tuple(turn) for turn in turns])
 
 
 def _digest(session_id: str) -> bytes:
     return hashlib.sha256(session_id.encode()).digest()
-
-
-def open_database(path: str) -> sqlite3.Connection:
-    """Open the database at `path` (or `:memory:`) and create it if it does not exist.
-
-    Only the file's owner can read it. Raises OSError or sqlite3.Error if the file cannot be written
-    or belongs to another program.
-    """
-    if path != ":memory:":
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    # The store's thread uses the connection; this thread only opens it.
-    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    try:
-        _prepare(db, path)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _prepare(db: sqlite3.Connection, path: str) -> None:
-    application_id = db.execute("PRAGMA application_id").fetchone()[0]
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if (tables or version) and application_id != APPLICATION_ID:
-        raise sqlite3.DatabaseError("it is a database of another program")
-    if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(f"a newer release wrote it (schema {version})")
-    if path != ":memory:":
-        Path(path).chmod(0o600)
-    # Overwrite deleted text with zeros, and let a sweep shrink the file.
-    db.execute("PRAGMA secure_delete = ON")
-    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    # A killed process loses no committed turn. A power failure may lose the latest ones but does
-    # not corrupt the file (sqlite.org/pragma.html#pragma_synchronous).
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.execute("BEGIN IMMEDIATE")
-    # Read again under the lock, because two processes may start at once.
-    if not db.execute("PRAGMA user_version").fetchone()[0]:
-        for statement in SCHEMA.split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    db.execute("COMMIT")

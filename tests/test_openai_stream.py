@@ -1,18 +1,24 @@
-"""Tests for the SSE decoder, the completion parser and the classification of provider errors."""
+"""Tests for the SSE decoder and the completion parser."""
 
 import itertools
+import json
 import re
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from openai_stream import MAX_EVENT_BYTES, CompletionParser, SSEDecoder, classify_error, retry_after
+from openai_stream import (
+    MAX_EVENT_BYTES,
+    MAX_PREFIX_BYTES,
+    Chunks,
+    CompletionParser,
+    Reasoning,
+    SSEDecoder,
+)
 from tests.upstream import DONE, delta, event
 
 BOM = b"\xef\xbb\xbf"
@@ -33,14 +39,17 @@ def decode(*reads: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def reference_decode(stream: bytes) -> list[tuple[bytes, bytes]]:
-    """Decode `stream` as WHATWG HTML 9.2.6 is written, plus the extension for `error` lines."""
-    events = []
-    data = name = b""
+    """Decode `stream` as WHATWG HTML 9.2.6 is written, plus the decoder's extensions."""
+    events: list[tuple[bytes, bytes]] = []
+    extra: list[tuple[bytes, bytes]] = []
+    data: list[bytes] = []
+    name = b""
     for line in re.split(b"\r\n|\n|\r", stream.removeprefix(BOM))[:-1]:
         if line == b"":
-            if data != b"":
-                events.append((name, data.removesuffix(b"\n")))
-            data = name = b""
+            separate = all(re.fullmatch(rb"(\{|\[DONE\]).*[\]}]|\[DONE\]", each) for each in data)
+            values = data if separate else [b"\n".join(data)]
+            events += [*extra, *((name, value) for value in values)]
+            extra, data, name = [], [], b""
         elif line.startswith(b":"):
             continue
         else:
@@ -49,9 +58,11 @@ def reference_decode(stream: bytes) -> list[tuple[bytes, bytes]]:
             if field == b"event":
                 name = value
             elif field == b"data":
-                data += value + b"\n"
+                data.append(value)
             elif field == b"error":
-                events.append((b"error", value))
+                extra.append((b"error", value))
+            elif line.startswith(b"{"):
+                extra.append((b"json", line))
     return events
 
 
@@ -102,7 +113,13 @@ STREAMS = {
         [(b"x", b"a"), (b"", b"b")],
     ),
     "event name without data": (b"event: x\n\ndata: b\n\n", [(b"", b"b")]),
-    "error line": (b'error: {"detail":1}\n', [(b"error", b'{"detail":1}')]),
+    "error line": (b'error: {"detail":1}\n\n', [(b"error", b'{"detail":1}')]),
+    "JSON line": (b'{"a": 1}\n\ndata: b\n\n', [(b"json", b'{"a": 1}'), (b"", b"b")]),
+    "no blank lines between data": (
+        b'event: x\ndata: {"a":1}\ndata: {"b":2}\ndata: [DONE]\n\n',
+        [(b"x", b'{"a":1}'), (b"x", b'{"b":2}'), (b"x", b"[DONE]")],
+    ),
+    "JSON in several data lines": (b'data: {\ndata: "a":1}\n\n', [(b"", b'{\n"a":1}')]),
     "error line between events": (
         b"data: a\n\nerror: b\n\ndata: c\n\n",
         [(b"", b"a"), (b"error", b"b"), (b"", b"c")],
@@ -127,6 +144,7 @@ def test_stream_decodes_to_the_same_events_for_every_split(
 TOKENS = (
     *(b"\r", b"\n", b"\r\n", b"\n\n", b":", b" ", b"data", b"data: ", b"event:", b"error:", b"id"),
     *(BOM, BOM[:1], BOM[1:], b"\xe2\x80\xa8", b"\xc2\x85", b"\x0b", b"{}", b"[DONE]", b"x"),
+    *(b"data: {}\n\n", b"data: x\n\n", b"data: x\r\n\r\n", b"data: {}\n"),
 )
 any_stream = st.lists(st.sampled_from(TOKENS) | st.binary(max_size=3), max_size=30).map(b"".join)
 any_offsets = st.lists(st.integers(0, 200), max_size=20)
@@ -145,9 +163,9 @@ def test_any_bytes_decode_as_the_standard_requires(stream: bytes) -> None:
 
 
 def nearly_full() -> SSEDecoder:
-    """Return a decoder in the middle of an event that may grow by 99 bytes."""
+    """Return a decoder in the middle of an event that may grow by 100 bytes."""
     decoder = SSEDecoder()
-    assert decoder.feed(b"data:" + (MAX_EVENT_BYTES - 100) * b"x" + b"\n") == []
+    assert decoder.feed(b"data:" + (MAX_EVENT_BYTES - 106) * b"x" + b"\n") == []
     return decoder
 
 
@@ -158,26 +176,19 @@ def nearly_full() -> SSEDecoder:
         200 * b"x",
         b": " + 200 * b"x",
         100 * b"data: x\n",
-        BOM + b"error:" + 200 * b"x",
+        100 * b"data:\n",
+        b"error:" + 200 * b"x",
     ],
-    ids=["data line", "line without a colon", "comment", "many data lines", "error line"],
+    ids=["data line", "line without a colon", "comment", "data lines", "empty lines", "error line"],
 )
 def test_event_that_exceeds_the_limit_is_too_large(endless: bytes) -> None:
     decoder = nearly_full()
     too_large = []
-    for byte in split(endless, range(len(endless))):
+    for byte in split(endless, range(1, len(endless))):
         assert decoder.feed(byte) == []
         too_large.append(decoder.too_large)
-    assert too_large[:99] == 99 * [False]
-    assert too_large[-1]
-
-
-def test_empty_data_lines_count_towards_the_event_size() -> None:
-    decoder = nearly_full()
-    assert decoder.feed(99 * b"data:\n") == []
-    assert not decoder.too_large
-    assert decoder.feed(b"data:\n") == []
-    assert decoder.too_large
+    assert too_large[:100] == 100 * [False]
+    assert too_large[100:] == (len(endless) - 100) * [True]
 
 
 def test_size_limit_applies_to_each_event_and_not_to_the_stream() -> None:
@@ -188,130 +199,171 @@ def test_size_limit_applies_to_each_event_and_not_to_the_stream() -> None:
         assert not decoder.too_large
 
 
-def test_cost_of_a_long_line_grows_linearly() -> None:
+@pytest.mark.parametrize("byte", [b"x", b"\n"])
+def test_cost_of_single_bytes_grows_linearly(byte: bytes) -> None:
     def seconds(count: int) -> float:
         decoder = SSEDecoder()
+        decoder.feed(b"data: " + b"x" * 1000)
         started = time.process_time()
         for _ in range(count):
-            decoder.feed(b"x")
+            decoder.feed(byte)
         return time.process_time() - started
 
-    short = min(seconds(20_000) for _ in range(3))
-    long = min(seconds(200_000) for _ in range(3))
-    # Ten times the bytes. Copying the line for each byte would cost a hundred times as much.
+    short = min(seconds(5_000) for _ in range(3))
+    long = min(seconds(50_000) for _ in range(3))
+    # Ten times the bytes. Copying the buffer for each byte would cost a hundred times as much.
     assert long / short < 30
 
 
 # ---- CompletionParser
 
 
-def parse(*reads: bytes) -> tuple[list[str], CompletionParser]:
+def parse(*reads: bytes) -> tuple[Chunks, CompletionParser]:
     """Feed these reads to a new parser. Return the chunks and the parser."""
     parser = CompletionParser()
     return [chunk for data in reads for chunk in parser.feed(data) or ()], parser
 
 
-def sse(*payloads: bytes) -> bytes:
+def complete(*reads: bytes) -> tuple[str, CompletionParser]:
+    """Feed these reads to a new parser and close it. Return the text and the parser."""
+    chunks, parser = parse(*reads)
+    chunks += parser.close() or []
+    return "".join(chunk for chunk in chunks if type(chunk) is str), parser
+
+
+def error_code(parser: CompletionParser) -> str | None:
+    return parser.error.code if parser.error else None
+
+
+def sse(*payloads: bytes | str) -> bytes:
     """Return one event for each payload."""
-    return b"".join(b"data: %b\n\n" % payload for payload in payloads)
+    lines = (payload.encode() if isinstance(payload, str) else payload for payload in payloads)
+    return b"".join(b"data: %b\n\n" % line for line in lines)
 
 
-# An event's JSON and the result of `feed`: chunks, [] for reasoning only, None for no progress.
-EVENTS: dict[str, tuple[bytes, list[str] | None]] = {
-    "text": (b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}', ["Hi"]),
-    "white space": (b'{"choices":[{"delta":{"content":" \\n"}}]}', [" \n"]),
-    "UTF-8": ('{"choices":[{"delta":{"content":"é"}}]}'.encode(), ["é"]),
-    "escaped surrogate pair": (b'{"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}', ["😀"]),
-    "no choices": (b'{"model":"m"}', None),
-    "choices null": (b'{"choices":null}', None),
-    "choices empty": (b'{"choices":[]}', None),
-    "choice with an index only": (b'{"choices":[{"index":0}]}', None),
-    "index null": (b'{"choices":[{"index":null,"delta":{"content":"Hi"}}]}', ["Hi"]),
-    "no index": (b'{"choices":[{"delta":{"content":"Hi"}}]}', ["Hi"]),
-    "index 1": (
-        b'{"choices":[{"index":1,"delta":{"content":"No"},"finish_reason":"stop"}]}',
-        None,
-    ),
-    "indexes 1 and 0": (
-        b'{"choices":[{"index":1,"delta":{"content":"No"}},{"index":0,"delta":{"content":"Yes"}}]}',
-        ["Yes"],
-    ),
-    "no delta": (b'{"choices":[{"index":0,"content_filter_results":{}}]}', None),
-    "delta null": (b'{"choices":[{"index":0,"delta":null}]}', None),
-    "delta empty": (b'{"choices":[{"index":0,"delta":{}}]}', None),
-    "role only": (b'{"choices":[{"delta":{"role":"assistant"}}]}', None),
-    "content null": (b'{"choices":[{"delta":{"role":"assistant","content":null}}]}', None),
-    "content empty": (b'{"choices":[{"delta":{"content":""}}]}', None),
-    "content is a number": (b'{"choices":[{"delta":{"content":5}}]}', []),
-    "content is an empty list": (b'{"choices":[{"delta":{"content":[]}}]}', None),
+def typed(chunks: Chunks | None) -> list[tuple[type, str]] | None:
+    return None if chunks is None else [(type(chunk), chunk) for chunk in chunks]
+
+
+def choice(**fields: object) -> dict[str, object]:
+    return {"choices": [fields]}
+
+
+hm = Reasoning("hm")
+
+# An event's JSON and the result of `feed`: chunks, [] for activity without text, None for none.
+EVENTS: dict[str, tuple[object, Chunks | None]] = {
+    "text": (choice(index=0, delta={"content": "Hi"}), ["Hi"]),
+    "white space": (choice(delta={"content": " \n"}), [" \n"]),
+    "UTF-8": ('{"choices":[{"delta":{"content":"é"}}]}', ["é"]),
+    "escaped surrogate pair": (choice(delta={"content": "😀"}), ["😀"]),
+    "no choices": ({"model": "m"}, None),
+    "choices null": ({"choices": None}, None),
+    "choices empty": ({"choices": []}, None),
+    "choice with an index only": (choice(index=0), None),
+    "index null": (choice(index=None, delta={"content": "Hi"}), ["Hi"]),
+    "index 1": (choice(index=1, delta={"content": "Hi"}), ["Hi"]),
+    "no delta": (choice(index=0, content_filter_results={}), None),
+    "delta null": (choice(index=0, delta=None), None),
+    "delta empty": (choice(index=0, delta={}), None),
+    "role only": (choice(delta={"role": "assistant"}), None),
+    "role and content": (choice(delta={"role": "assistant", "content": "a"}), ["a"]),
+    "content null": (choice(delta={"role": "assistant", "content": None}), None),
+    "content empty": (choice(delta={"content": ""}), None),
+    "content is an empty list": (choice(delta={"content": []}), None),
     "text parts": (
-        (
-            b'{"choices":[{"delta":{"content":'
-            b'[{"type":"text","text":"a"},{"type":"text","text":"b"}]}}]}'
-        ),
+        choice(delta={"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
         ["a", "b"],
     ),
+    "one text part without a list": (choice(delta={"content": {"text": "a"}}), ["a"]),
+    "empty text part": (choice(delta={"content": [{"type": "text", "text": ""}]}), []),
+    "part without text": (choice(delta={"content": [{"type": "reference", "ids": [1]}]}), []),
     "thinking part": (
-        (
-            b'{"choices":[{"delta":{"content":'
-            b'[{"type":"thinking","thinking":[{"type":"text","text":"hm"}]}]}}]}'
+        choice(
+            delta={"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]}
         ),
-        [],
+        [hm],
     ),
     "thinking and text parts": (
-        (
-            b'{"choices":[{"delta":{"content":'
-            b'[{"type":"thinking","thinking":[]},{"type":"text","text":""},'
-            b'{"type":"text","text":"a"}]}}]}'
+        choice(
+            delta={
+                "content": [
+                    {"type": "thinking", "thinking": [{"text": "h"}]},
+                    {"type": "thinking", "thinking": "m"},
+                    {"type": "text", "text": "a"},
+                ]
+            }
         ),
-        ["a"],
+        [hm, "a"],
     ),
-    "refusal": (
-        b'{"choices":[{"delta":{"content":null,"refusal":"No."}}]}',
-        ["No."],
+    "empty thinking part": (choice(delta={"content": [{"type": "thinking", "thinking": []}]}), []),
+    "refusal": (choice(delta={"content": None, "refusal": "No."}), ["No."]),
+    "content and refusal": (choice(delta={"refusal": "b", "content": "a"}), ["a", "b"]),
+    "reasoning_content": (choice(delta={"content": None, "reasoning_content": "hm"}), [hm]),
+    "reasoning_content as an object": (choice(delta={"reasoning_content": {"text": "hm"}}), [hm]),
+    "reasoning": (choice(delta={"content": "", "reasoning": "hm"}), [hm]),
+    "reasoning_text": (choice(delta={"reasoning_text": "hm"}), [hm]),
+    "reasoning_details": (
+        choice(
+            delta={
+                "reasoning_details": [
+                    {"type": "reasoning.text", "text": "h"},
+                    {"type": "reasoning.summary", "summary": "m"},
+                ]
+            }
+        ),
+        [hm],
     ),
-    "content and refusal": (
-        b'{"choices":[{"delta":{"refusal":"b","content":"a"}}]}',
-        ["a", "b"],
-    ),
-    "reasoning_content": (
-        b'{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}',
+    "encrypted reasoning_details": (
+        choice(delta={"reasoning_details": [{"type": "reasoning.encrypted", "data": "eA=="}]}),
         [],
     ),
-    "reasoning": (b'{"choices":[{"delta":{"content":"","reasoning":"hm"}}]}', []),
-    "reasoning empty": (b'{"choices":[{"delta":{"reasoning":"","reasoning_content":null}}]}', None),
-    "reasoning and content": (
-        b'{"choices":[{"delta":{"content":"a","reasoning":"hm"}}]}',
-        ["a"],
+    "thinking_blocks": (
+        choice(delta={"thinking_blocks": [{"type": "thinking", "thinking": "hm"}]}),
+        [hm],
     ),
-    "tool call": (
-        b'{"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{}"}}]}}]}',
-        None,
+    "the same reasoning in two fields": (
+        choice(delta={"reasoning": "hm", "reasoning_details": [{"text": "hm"}]}),
+        [hm],
     ),
+    "the same reasoning in a field and a part": (
+        choice(delta={"reasoning": "hm", "content": [{"type": "thinking", "thinking": "hm"}]}),
+        [hm],
+    ),
+    "text in the second reasoning field": (
+        choice(delta={"reasoning_content": {"signature": "x"}, "reasoning": "hm"}),
+        [hm],
+    ),
+    "reasoning empty": (choice(delta={"reasoning": "", "reasoning_content": None}), None),
+    "reasoning and content": (choice(delta={"content": "a", "reasoning": "hm"}), [hm, "a"]),
+    "<think> in the content": (choice(delta={"content": "<think>hm"}), ["<think>hm"]),
+    "tool call": (choice(delta={"tool_calls": [{"function": {"arguments": "{}"}}]}), []),
+    "function call": (choice(delta={"function_call": {"arguments": "{}"}}), []),
     "message beside the delta": (
-        b'{"choices":[{"delta":{"content":"lo"},"message":{"content":"Hello"}}]}',
+        choice(delta={"content": "lo"}, message={"content": "Hello"}),
         ["lo"],
     ),
-    "text field beside the delta": (
-        b'{"choices":[{"delta":{"content":"lo"},"text":"lo"}]}',
-        ["lo"],
+    "text beside the delta": (choice(delta={"content": "lo"}, text="lo"), ["lo"]),
+    "message without a delta": (choice(index=0, message={"content": "Hello"}), ["Hello"]),
+    "message with reasoning": (
+        choice(message={"content": "Hello", "reasoning_content": "hm"}),
+        [hm, "Hello"],
     ),
-    "message without a delta": (
-        b'{"choices":[{"index":0,"message":{"content":"Hello"},"text":"Hello"}]}',
-        None,
+    "text without a delta": (choice(text="Hello"), ["Hello"]),
+    "message and text without a delta": (
+        choice(message={"content": "Hello"}, text="Hello"),
+        ["Hello"],
     ),
-    "error null": (b'{"error":null,"choices":[{"delta":{"content":"a"}}]}', ["a"]),
-    "content filter results": (
-        b'{"choices":[],"prompt_filter_results":[{"prompt_index":0}]}',
-        None,
-    ),
+    "error null": ({"error": None, **choice(delta={"content": "a"})}, ["a"]),
+    "content filter results": ({"choices": [], "prompt_filter_results": [{}]}, None),
 }
 
 
 @pytest.mark.parametrize(("payload", "result"), EVENTS.values(), ids=EVENTS)
-def test_event_yields_its_text(payload: bytes, result: list[str] | None) -> None:
+def test_event_yields_its_chunks(payload: object, result: Chunks | None) -> None:
     parser = CompletionParser()
-    assert parser.feed(sse(payload)) == result
+    stream = sse(payload) if isinstance(payload, str) else event(payload)
+    assert typed(parser.feed(stream)) == typed(result)
     assert parser.error is None
     assert not parser.done
     assert parser.finish_reason is None
@@ -319,9 +371,16 @@ def test_event_yields_its_text(payload: bytes, result: list[str] | None) -> None
 
 @pytest.mark.parametrize(
     "stream",
-    [b"", b": OPENROUTER PROCESSING\n\n", b"\n\n\n", b"data:\n\n", b"id: 1\nretry: 5\n\n", b"data"],
+    [
+        *(b"", b": OPENROUTER PROCESSING\n\n", b"\n\n\n", b"data:\n\n", b"id: 1\nretry: 5\n\n"),
+        *(b"data\n\n", b"data: null\n\n", b"event: ping\ndata: ping\n\n", b"data: keep-alive\n\n"),
+        *(b'event: ping\ndata: {"type": "ping"}\n\n', b"event: queue\ndata: place 3\n\n"),
+        *(b"{not JSON\n\n", b'data: ""\n\n', b"<html>\n\n"),
+    ],
 )
-def test_bytes_without_an_event_are_no_progress(stream: bytes) -> None:
+def test_bytes_without_a_chunk_are_no_activity(stream: bytes) -> None:
+    chunks, parser = parse(delta("a") + stream, stream, delta("b"))
+    assert chunks == ["a", "b"]
     parser = CompletionParser()
     assert parser.feed(stream) is None
     assert parser.error is None
@@ -333,41 +392,60 @@ def test_chunks_of_one_read_are_returned_together() -> None:
     assert parser.feed(delta("c").removeprefix(b"data: ")) == ["c"]
 
 
+def test_messages_without_deltas_are_all_used() -> None:
+    messages = [event(choice(message={"content": text})) for text in ("Good ", "morning")]
+    assert complete(*messages, DONE)[0] == "Good morning"
+
+
+def test_message_that_repeats_the_deltas_is_ignored() -> None:
+    whole = choice(index=0, message={"content": "Good morning"}, finish_reason="stop")
+    text, parser = complete(delta("Good "), delta("morning"), event(whole), DONE)
+    assert text == "Good morning"
+    assert parser.finish_reason == "stop"
+
+
 USAGES: dict[str, tuple[bytes, dict[str, Any] | None]] = {
-    "none": (sse(b'{"choices":[]}'), None),
-    "null": (sse(b'{"usage":null,"choices":[]}'), None),
+    "none": (sse('{"choices":[]}'), None),
+    "null": (sse('{"usage":null,"choices":[]}'), None),
+    "of another type": (sse('{"usage":[1],"choices":[]}'), None),
     "in an event without choices": (
-        sse(b'{"usage":null,"choices":[{"delta":{"content":"a"}}]}')
-        + sse(b'{"choices":[],"usage":{"total_tokens":3}}'),
+        sse('{"usage":null,"choices":[{"delta":{"content":"a"}}]}')
+        + sse('{"choices":[],"usage":{"total_tokens":3}}'),
         {"total_tokens": 3},
     ),
     "beside the finish_reason": (
-        sse(b'{"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"total_tokens":3}}'),
+        sse('{"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"total_tokens":3}}'),
+        {"total_tokens": 3},
+    ),
+    "after the finish_reason": (
+        delta(finish_reason="stop") + sse("pong", '{"choices":[],"usage":{"total_tokens":3}}'),
         {"total_tokens": 3},
     ),
     "cumulative": (
-        sse(b'{"usage":{"total_tokens":1}}', b'{"usage":{"total_tokens":2}}'),
+        sse('{"usage":{"total_tokens":1}}', '{"usage":{"total_tokens":2}}'),
         {"total_tokens": 2},
     ),
     "replaced, not merged": (
-        sse(b'{"usage":{"total_tokens":1,"cost":1}}', b'{"usage":{"total_tokens":2}}'),
+        sse('{"usage":{"total_tokens":1,"cost":1}}', '{"usage":{"total_tokens":2}}'),
         {"total_tokens": 2},
     ),
     "null after usage": (
-        sse(b'{"usage":{"total_tokens":1}}', b'{"usage":null}'),
+        sse('{"usage":{"total_tokens":1}}', '{"usage":null}'),
         {"total_tokens": 1},
     ),
-    "under x_groq": (sse(b'{"x_groq":{"id":"r","usage":{"total_tokens":3}}}'), {"total_tokens": 3}),
-    "x_groq without usage": (sse(b'{"x_groq":{"id":"r"}}'), None),
-    "x_groq null": (sse(b'{"x_groq":null}'), None),
+    "under x_groq": (sse('{"x_groq":{"id":"r","usage":{"total_tokens":3}}}'), {"total_tokens": 3}),
+    "x_groq without usage": (sse('{"x_groq":{"id":"r"}}'), None),
+    "x_groq null": (sse('{"x_groq":null}'), None),
     "under x_groq and its own": (
-        sse(b'{"x_groq":{"usage":{"total_tokens":3}},"usage":{"total_tokens":4}}'),
+        sse('{"x_groq":{"usage":{"total_tokens":3}},"usage":{"total_tokens":4}}'),
         {"total_tokens": 4},
     ),
     "with details": (
-        sse(b'{"usage":{"total_tokens":3,"prompt_tokens_details":{"cached_tokens":1},"x":[1.5]}}'),
+        sse('{"usage":{"total_tokens":3,"prompt_tokens_details":{"cached_tokens":1},"x":[1.5]}}'),
         {"total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}, "x": [1.5]},
     ),
+    "with NaN": (sse('{"usage":{"total_tokens":3,"cost":NaN}}'), {"total_tokens": 3, "cost": None}),
+    "with half a surrogate pair": (sse('{"usage":{"x":"\\ud83d"}}'), {"x": "?"}),
 }
 
 
@@ -379,31 +457,214 @@ def test_last_usage_wins(stream: bytes, usage: dict[str, Any] | None) -> None:
 def test_last_model_and_finish_reason_win() -> None:
     _, parser = parse(
         sse(
-            b'{"model":"","choices":[]}',
-            b'{"model":"m-1","choices":[{"delta":{},"finish_reason":null}]}',
-            b'{"model":"m-2","choices":[{"delta":{},"finish_reason":"length"}]}',
-            b'{"choices":[{"index":1,"delta":{},"finish_reason":"stop"}]}',
-            b'{"model":null,"choices":[{"delta":{},"finish_reason":null}]}',
+            '{"model":"","choices":[]}',
+            '{"model":"m-1","choices":[{"delta":{},"finish_reason":null}]}',
+            '{"model":"m-2","choices":[{"delta":{},"finish_reason":"stop"}]}',
+            '{"model":7,"choices":[{"delta":{},"finish_reason":"length"}]}',
+            '{"model":null,"choices":[{"delta":{},"finish_reason":null}]}',
         )
     )
     assert (parser.model, parser.finish_reason) == ("m-2", "length")
 
 
 def test_model_and_finish_reason_are_empty_if_never_sent() -> None:
-    _, parser = parse(sse(b'{"choices":[{"delta":{"content":"a"}}]}'))
+    _, parser = parse(sse('{"choices":[{"delta":{"content":"a"}}]}'))
     assert (parser.model, parser.finish_reason, parser.done) == ("", None, False)
 
 
 @pytest.mark.parametrize(
-    "end", [b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n", b"data: [DONE]\r\n\r\n"]
+    "end",
+    [
+        *(b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data: [DONE] \n\n", b"data: [DONE]\r\n\r\n"),
+        *(
+            b"data: DONE\n\n",
+            b'data: "[DONE]"\n\n',
+            b"data: [done]\n\n",
+            b"event: x\ndata: DONE\n\n",
+        ),
+    ],
 )
 def test_events_after_done_are_ignored(end: bytes) -> None:
     parser = CompletionParser()
     assert parser.feed(delta("a") + end + delta("b") + end) == ["a"]
-    assert parser.feed(delta("c") + sse(b'{"error":"late"}', b"nonsense")) is None
+    assert parser.feed(delta("c") + sse('{"error":"late"}', "nonsense")) is None
     assert parser.done
+    assert parser.close() is None
     assert parser.error is None
 
+
+# ---- The end of a completion
+
+
+def finish(reason: object, **fields: object) -> bytes:
+    """Return an event with a finish_reason and a delta of these fields."""
+    return event(choice(index=0, delta=fields, finish_reason=reason))
+
+
+STOP = finish("stop")
+
+# A stream that ends with these bytes, and the text and error code it ends with.
+ENDS: dict[str, tuple[bytes, str, str | None]] = {
+    "finish_reason and DONE": (delta("Yes.") + STOP + DONE, "Yes.", None),
+    "finish_reason only": (delta("Yes.") + STOP, "Yes.", None),
+    "DONE only": (delta("Yes.") + DONE, "Yes.", None),
+    "neither": (delta("Yes."), "Yes.", "upstream_incomplete"),
+    "finish_reason without text": (STOP, "", None),
+    "DONE without text": (finish(None, role="assistant") + DONE, "", None),
+    "a choice and nothing else": (finish(None, role="assistant"), "", "upstream_incomplete"),
+    "nothing": (b"", "", "upstream_incomplete"),
+    "comments and DONE": (b": working\n\n" + DONE, "", "upstream_incomplete"),
+    "DONE after an event without choices": (
+        event({"choices": [], "usage": {"total_tokens": 1}}) + DONE,
+        "",
+        "upstream_incomplete",
+    ),
+    # Reasons. Unknown ones are normal.
+    "length": (delta("Yes.") + finish("length") + DONE, "Yes.", None),
+    "content_filter": (delta("Yes.") + finish("content_filter") + DONE, "Yes.", None),
+    "tool_calls": (delta("Yes.") + finish("tool_calls") + DONE, "Yes.", None),
+    "unknown reason": (delta("Yes.") + finish("eos") + DONE, "Yes.", None),
+    "error": (delta("Yes") + finish("error") + DONE, "Yes", "upstream_incomplete"),
+    "network_error": (delta("Yes") + finish("network_error") + DONE, "Yes", "upstream_incomplete"),
+    "abort": (delta("Yes") + finish("abort") + DONE, "Yes", "upstream_incomplete"),
+    "resources": (
+        delta("Yes") + finish("insufficient_system_resource") + DONE,
+        "Yes",
+        "upstream_incomplete",
+    ),
+    "failure beside text": (finish("ERROR", content="Yes") + DONE, "Yes", "upstream_incomplete"),
+    "failure without text": (finish("abort") + DONE, "", "upstream_incomplete"),
+    "null as text": (delta("Yes") + finish("null"), "Yes", "upstream_incomplete"),
+    "empty": (delta("Yes") + finish(""), "Yes", "upstream_incomplete"),
+    "a number": (delta("Yes") + finish(3), "Yes", "upstream_incomplete"),
+    # Early reasons.
+    "in the last text": (delta("Yes") + finish("stop", content="."), "Yes.", None),
+    "in every text": (finish("stop", content="Yes") + finish("stop", content="."), "Yes.", None),
+    "in every event": (
+        finish("stop", role="assistant") + finish("stop", content="Yes.") + finish("stop") + DONE,
+        "Yes.",
+        None,
+    ),
+    "in reasoning, then nothing": (
+        finish("stop", reasoning="hm"),
+        "",
+        "upstream_incomplete",
+    ),
+    "in reasoning, then DONE": (finish("length", reasoning="hm") + DONE, "", None),
+    "before the text": (STOP + delta("Yes."), "Yes.", None),
+    # What follows a complete response.
+    "named event with words": (delta("a") + STOP + b"event: close\ndata: bye\n\n", "a", None),
+    "words": (delta("a") + STOP + sse("stream closed", "[1]", "7") + DONE, "a", None),
+    "null": (delta("a") + STOP + sse("null") + DONE, "a", None),
+    "broken JSON": (delta("a") + STOP + sse('{"usage":{') + DONE, "a", None),
+    "JSON of another shape": (delta("a") + STOP + sse('{"choices":[7]}') + DONE, "a", None),
+    "unwrapped words": (delta("a") + STOP + event({"detail": "closed"}), "a", None),
+    "empty choices": (delta("a") + STOP + 3 * event(choice(delta={"content": ""})), "a", None),
+    "words after a finish_reason in text": (
+        finish("stop", content="a") + sse("stream closed"),
+        "a",
+        None,
+    ),
+    "error after a finish_reason": (
+        delta("a") + STOP + event({"error": {"message": "too late"}}),
+        "a",
+        "upstream_error",
+    ),
+    # The last event without its blank line.
+    "no blank line": (delta("a") + delta("b", finish_reason="stop")[:-1], "ab", None),
+    "no line end": (delta("a") + delta("b", finish_reason="stop")[:-2], "ab", None),
+    "DONE without a line end": (delta("a") + DONE[:-2], "a", None),
+    "DONE without a blank line before it": (delta("a")[:-1] + DONE, "a", None),
+    "no blank lines at all": ((delta("a") + delta("b") + STOP).replace(b"\n\n", b"\n"), "ab", None),
+    "truncated event": (delta("a") + delta("b")[:-9], "a", "upstream_incomplete"),
+    "truncated event after a finish_reason": (
+        finish("stop", content="a") + event({"usage": {}})[:-4],
+        "a",
+        None,
+    ),
+    # Choices. `n` is never sent.
+    "index counts tokens": (
+        b"".join(event(choice(index=i, delta={"content": c})) for i, c in enumerate("abc"))
+        + event(choice(index=0, delta={}, finish_reason="stop")),
+        "abc",
+        None,
+    ),
+    "two choices in turn": (
+        b"".join(event(choice(index=i % 2, delta={"content": "a"})) for i in range(4)) + DONE,
+        "aa",
+        "upstream_error",
+    ),
+    "two choices one after the other": (
+        delta("a") + STOP + event(choice(index=1, delta={"content": "b"})) + DONE,
+        "a",
+        "upstream_error",
+    ),
+    "two choices that end separately": (
+        delta("a")
+        + event(choice(index=1, delta={"content": "b"}))
+        + STOP
+        + event(choice(index=1, delta={}, finish_reason="stop"))
+        + DONE,
+        "ab",
+        "upstream_error",
+    ),
+    "two messages in one event": (
+        event(
+            {
+                "choices": [
+                    {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"},
+                    {"index": 1, "message": {"content": "b"}, "finish_reason": "stop"},
+                ]
+            }
+        ),
+        "a",
+        "upstream_error",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stream", "text", "code"), ENDS.values(), ids=ENDS)
+def test_completion_ends_with_its_text_and_error(
+    stream: bytes, text: str, code: str | None
+) -> None:
+    for size in (len(stream) + 1, 1, 5):
+        reads = [stream[i : i + size] for i in range(0, len(stream), size)]
+        found, parser = complete(*reads)
+        assert (found, error_code(parser)) == (text, code)
+        assert parser.complete is (code is None)
+        if code == "upstream_incomplete":
+            assert parser.error
+            assert parser.error.retryable
+
+
+def test_finish_reason_is_final_only_without_text_and_until_text_follows() -> None:
+    parser = CompletionParser()
+    states = []
+    for data in (
+        finish("stop", reasoning="hm"),
+        STOP,
+        delta("a"),
+        finish("stop", content="b"),
+        finish("stop", reasoning="hm"),
+        STOP,
+        finish(None, reasoning="hm"),
+        b": working\n\n",
+        event({"usage": {"total_tokens": 1}}),
+    ):
+        parser.feed(data)
+        states.append((parser.finished, parser.complete))
+    assert states == [
+        *((False, False), (True, True), (False, True), (False, True), (False, True)),
+        *(4 * [(True, True)]),
+    ]
+
+
+def test_finish_reason_beside_a_tool_call_is_final() -> None:
+    _, parser = parse(finish("tool_calls", tool_calls=[{"index": 0}]))
+    assert parser.finished
+
+
+# ---- Failures
 
 # A failure in the stream, and the code and retryable of its error.
 FAILURES: dict[str, tuple[bytes, str, bool]] = {
@@ -418,6 +679,17 @@ FAILURES: dict[str, tuple[bytes, str, bool]] = {
         "upstream_error",
         True,
     ),
+    "in a choice": (
+        event(choice(delta={"content": ""}, error={"code": 503, "message": "gone"})),
+        "upstream_unavailable",
+        True,
+    ),
+    "in a choice with a finish_reason": (
+        event(choice(delta={}, finish_reason="error", error={"code": 400, "message": "bad"})),
+        "upstream_error",
+        False,
+    ),
+    "in a delta": (event(choice(delta={"error": "overloaded"})), "upstream_unavailable", True),
     "event: error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', "upstream_error", True),
     "event: error without a member of that name": (
         b'event: error\ndata: {"message":"overloaded"}\n\n',
@@ -425,23 +697,47 @@ FAILURES: dict[str, tuple[bytes, str, bool]] = {
         True,
     ),
     "event: error with a string": (b'event: error\ndata: "broken"\n\n', "upstream_error", True),
-    "error line": (
-        b'error: {"detail":"x","error":{"message":"x"}}\n',
-        "upstream_error",
-        True,
-    ),
-    "code 429": (b'data: {"error":{"code":429,"message":"x"}}\n\n', "upstream_unavailable", True),
-    "code '429'": (b'data: {"error":{"code":"429"}}\n\n', "upstream_unavailable", True),
-    "code 400": (b'data: {"error":{"code":400,"message":"x"}}\n\n', "upstream_error", False),
-    "code 401": (b'data: {"error":{"code":401,"message":"x"}}\n\n', "upstream_error", False),
-    "code 402": (b'data: {"error":{"code":402,"message":"x"}}\n\n', "upstream_unavailable", False),
-    "code 502": (b'data: {"error":{"code":502,"message":"x"}}\n\n', "upstream_error", True),
-    "a code that is no status": (b'data: {"error":{"code":1301}}\n\n', "upstream_error", True),
-    "overloaded": (
-        b'data: {"error":{"type":"overloaded_error","message":"x"}}\n\n',
+    "event: error with words": (
+        b"event: server_error\ndata: rate limit reached\n\n",
         "upstream_unavailable",
         True,
     ),
+    "a bare error line": (
+        b'error: {"detail":"x","error":{"message":"x"}}\n\n',
+        "upstream_error",
+        True,
+    ),
+    "an error line with words": (b"error: overloaded\n\n", "upstream_unavailable", True),
+    "a bare JSON line": (b'{"error":{"code":"slow_down"}}\n\n', "upstream_unavailable", True),
+    # Without the usual wrapper.
+    "object: error": (
+        event({"object": "error", "message": "no memory", "type": "InternalError", "code": 500}),
+        "upstream_error",
+        True,
+    ),
+    "type: error": (event({"type": "error", "message": "x"}), "upstream_error", True),
+    "a type that names an error": (
+        event({"type": "overloaded_error", "message": "x"}),
+        "upstream_unavailable",
+        True,
+    ),
+    "status: error": (event({"status": "error", "message": "x"}), "upstream_error", True),
+    "error_code": (event({"error_code": 336100, "error_msg": "x"}), "upstream_error", True),
+    "detail": (event({"detail": "Not authenticated"}), "upstream_error", True),
+    "errors": (event({"errors": [{"message": "too many requests"}]}), "upstream_unavailable", True),
+    "code and message": (
+        event({"code": "InvalidApiKey", "message": "Wrong key", "request_id": "r"}),
+        "upstream_error",
+        True,
+    ),
+    "a list": (event([{"error": {"code": 400, "message": "x"}}]), "upstream_error", False),
+    # Codes.
+    "code 429": (b'data: {"error":{"code":429,"message":"x"}}\n\n', "upstream_unavailable", True),
+    "code '429'": (b'data: {"error":{"code":"429"}}\n\n', "upstream_unavailable", True),
+    "code 400": (b'data: {"error":{"code":400,"message":"x"}}\n\n', "upstream_error", False),
+    "code 402": (b'data: {"error":{"code":402,"message":"x"}}\n\n', "upstream_unavailable", False),
+    "code 502": (b'data: {"error":{"code":502,"message":"x"}}\n\n', "upstream_error", True),
+    "a code that is no status": (b'data: {"error":{"code":1301}}\n\n', "upstream_error", True),
     "the filter": (b'data: {"error":{"code":"content_filter"}}\n\n', "content_refused", False),
     "too long": (
         b'data: {"error":{"code":"context_length_exceeded"}}\n\n',
@@ -451,23 +747,27 @@ FAILURES: dict[str, tuple[bytes, str, bool]] = {
     # Malformed events. Providers repeat them, so they are not retryable.
     "no JSON": (b"data: {oops\n\n", "upstream_error", False),
     "two values": (b"data: {} {}\n\n", "upstream_error", False),
-    "a list": (b"data: [{}]\n\n", "upstream_error", False),
+    "a list without errors": (b"data: [{}]\n\n", "upstream_error", False),
     "a number": (b"data: 1\n\n", "upstream_error", False),
-    "a string and no event of that name": (b'data: "a"\n\n', "upstream_error", False),
-    "null": (b"data: null\n\n", "upstream_error", False),
-    "NaN": (b'data: {"usage":{"cost":NaN}}\n\n', "upstream_error", False),
-    "bad UTF-8": (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', "upstream_error", False),
-    "half a surrogate pair": (
-        b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\n',
-        "upstream_error",
-        False,
-    ),
+    "a JSON string": (b'data: "a"\n\n', "upstream_error", False),
+    "words": (b"data: Service Unavailable\n\n", "upstream_error", False),
     "nested too deep": (b"data: " + 1000 * b"[" + 1000 * b"]" + b"\n\n", "upstream_error", False),
     "choices a number": (b'data: {"choices":1}\n\n', "upstream_error", False),
     "a choice null": (b'data: {"choices":[null]}\n\n', "upstream_error", False),
     "a delta of text": (b'data: {"choices":[{"delta":"Hi"}]}\n\n', "upstream_error", False),
-    "a content of numbers": (
-        b'data: {"choices":[{"delta":{"content":[1]}}]}\n\n',
+    "content is a number": (event(choice(delta={"content": 5})), "upstream_error", False),
+    "content is a list of numbers": (
+        event(choice(delta={"content": [1]})),
+        "upstream_error",
+        False,
+    ),
+    "text of a part is a number": (
+        event(choice(delta={"content": [{"type": "text", "text": 5}]})),
+        "upstream_error",
+        False,
+    ),
+    "deep reasoning": (
+        b'data: {"choices":[{"delta":{"reasoning":' + 900 * b"[" + 900 * b"]" + b"}}]}\n\n",
         "upstream_error",
         False,
     ),
@@ -481,10 +781,15 @@ def test_failure_sets_the_error_and_ends_the_stream(
     parser = CompletionParser()
     assert parser.feed(delta("a") + failure + delta("b") + DONE) == ["a"]
     assert parser.feed(delta("c")) is None
+    assert parser.close() is None
     assert parser.error
     assert parser.error.code == code
     assert parser.error.retryable is retryable
     assert not parser.done
+    assert not parser.complete
+
+
+# ---- Limits
 
 
 def test_event_larger_than_1_mib_sets_the_error() -> None:
@@ -493,27 +798,129 @@ def test_event_larger_than_1_mib_sets_the_error() -> None:
     errors = []
     for data in (b"x" * (MAX_EVENT_BYTES - 6), b"x"):
         assert parser.feed(data) is None
-        errors.append(parser.error and parser.error.code)
+        errors.append(error_code(parser))
     assert errors == [None, "upstream_error"]
 
 
-def test_event_size_is_unlimited_after_done() -> None:
-    _, parser = parse(DONE + b"x" * (MAX_EVENT_BYTES + 1))
+def test_event_larger_than_1_mib_after_the_finish_reason_ends_the_stream() -> None:
+    _, parser = parse(delta("a"), STOP, b"x" * (MAX_EVENT_BYTES + 1))
+    assert (parser.done, parser.complete) == (True, True)
+
+
+def test_bytes_after_done_are_not_stored() -> None:
+    _, parser = parse(delta("a") + DONE, b"x" * (MAX_EVENT_BYTES + 1))
+    assert parser.complete
+
+
+PREFIXES = {
+    "comments": b": working\n\n",
+    "comment lines": b": working\n",
+    "blank lines": b"\n",
+    "ignored fields": b"id: 1\nretry: 9\n\n",
+    "empty data": b"data:\n\n",
+    "pings": b"event: ping\ndata: ping\n\n",
+    "events without choices": event({"choices": []}),
+    "empty deltas": event(choice(delta={"role": "assistant", "content": ""})),
+}
+
+
+@pytest.mark.parametrize("unit", PREFIXES.values(), ids=PREFIXES)
+def test_more_than_1_mib_before_the_first_activity_sets_the_error(unit: bytes) -> None:
+    parser = CompletionParser()
+    read = unit * (2**14 // len(unit))
+    fed = 0
+    while fed + len(read) <= MAX_PREFIX_BYTES:
+        assert parser.feed(read) is None
+        assert parser.error is None
+        fed += len(read)
+    parser.feed(read)
+    assert error_code(parser) == "upstream_error"
+
+
+@pytest.mark.parametrize(
+    "activity",
+    [
+        delta("a"),
+        event(choice(delta={"reasoning": "hm"})),
+        event(choice(delta={"tool_calls": [1]})),
+    ],
+    ids=["text", "reasoning", "tool call"],
+)
+def test_bytes_after_the_first_activity_are_unlimited(activity: bytes) -> None:
+    _, parser = parse(activity, *(130 * [b": working\n\n" * 1000]))
     assert parser.error is None
 
 
+# ---- Unicode
+
+
+def split_text(*texts: str) -> bytes:
+    """Return a stream of these deltas as escapes, which may be halves of surrogate pairs."""
+    deltas = (json.dumps({"choices": [{"delta": {"content": text}}]}) for text in texts)
+    return sse(*deltas) + DONE
+
+
+SURROGATES = {
+    "pair in two deltas": (("Hi \ud83d", "\ude00!"), ["Hi ", "😀!"]),
+    "pair with an empty delta between": (("\ud83d", "", "\ude00"), ["😀"]),
+    "two pairs": (("\ud83d", "\ude00\ud83d", "\ude00"), ["😀", "😀"]),
+    "high half, then text": (("a\ud83d", "b"), ["a", "\ufffdb"]),
+    "high half at the end": (("a\ud83d",), ["a", "\ufffd"]),
+    "low half": (("a\ude00b", "c"), ["a\ufffdb", "c"]),
+    "halves in the wrong order": (("\ude00", "\ud83d"), ["\ufffd", "\ufffd"]),
+}
+
+
+@pytest.mark.parametrize(("texts", "chunks"), SURROGATES.values(), ids=SURROGATES)
+def test_halves_of_a_surrogate_pair_are_joined_or_replaced(
+    texts: tuple[str, ...], chunks: Chunks
+) -> None:
+    assert parse(split_text(*texts))[0] == chunks
+    assert parse(*split_text(*texts).splitlines(keepends=True))[0] == chunks
+
+
+@pytest.mark.parametrize("end", [b"", STOP, event({"error": "x"}), b"data: {oops\n\n"])
+def test_half_of_a_surrogate_pair_is_replaced_at_the_end(end: bytes) -> None:
+    chunks, parser = parse(split_text("a\ud83d").removesuffix(DONE), end)
+    assert [*chunks, *(parser.close() or ())] == ["a", "\ufffd"]
+
+
+def test_half_of_a_surrogate_pair_in_reasoning_is_joined() -> None:
+    halves = (json.dumps(choice(delta={"reasoning": half})) for half in ("\ud83d", "\ude00"))
+    assert typed(parse(sse(*halves))[0]) == [(Reasoning, "😀")]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.sampled_from("a\ud83d\ude00é"), min_size=1), min_size=1, max_size=8))
+def test_text_is_the_same_for_every_split_of_surrogate_pairs(texts: list[str]) -> None:
+    whole = "".join(texts).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    # Strict JSON comes first in some streams.
+    for first in ("", "x"):
+        chunks, parser = parse(delta(first) + split_text(*texts))
+        assert "".join(chunks) == first + whole
+        assert parser.complete
+
+
+@pytest.mark.parametrize("data", ["caf\xe9 au lait", "\xff", "a\xf0\x9f\x98"])
+def test_bytes_that_are_not_utf_8_become_replacement_characters(data: str) -> None:
+    raw = data.encode("latin-1")
+    stream = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % raw
+    assert parse(delta("a"), stream, delta("b"))[0] == ["a", raw.decode(errors="replace"), "b"]
+
+
+def test_model_and_finish_reason_with_half_a_surrogate_pair_can_be_encoded() -> None:
+    payload = {"model": "m\ud83d", **choice(delta={"content": "a"}, finish_reason="s\ud83d")}
+    _, parser = parse(event(payload))
+    assert (parser.model, parser.finish_reason) == ("m?", "s?")
+
+
+# ---- Any input
+
+
 NAMES = (
-    *(
-        "choices",
-        "delta",
-        "content",
-        "text",
-        "index",
-        "refusal",
-        "reasoning",
-        "reasoning_content",
-    ),
-    *("usage", "x_groq", "model", "finish_reason", "error", "code", "type", "message", "x"),
+    *("choices", "delta", "content", "text", "index", "refusal", "reasoning", "reasoning_content"),
+    *("reasoning_details", "thinking", "tool_calls", "usage", "x_groq", "model", "finish_reason"),
+    *("error", "code", "type", "message", "detail", "x"),
 )
 scalars = (
     st.none()
@@ -521,7 +928,7 @@ scalars = (
     | st.integers(-(10**20), 10**20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5)
-    | st.sampled_from(["stop", "429", "text"])
+    | st.sampled_from(["stop", "error", "429", "text", "thinking", "\ud83d", "\ude00"])
 )
 any_json = st.recursive(
     scalars,
@@ -531,18 +938,19 @@ any_json = st.recursive(
     max_leaves=15,
 )
 # JSON that has the shape of a chunk down to some depth.
+any_delta = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("content", "refusal", "reasoning", "tool_calls"), any_json)
+)
 any_choice = st.fixed_dictionaries(
     {},
     optional={
-        "index": any_json,
-        "delta": st.fixed_dictionaries(
-            {}, optional=dict.fromkeys(("content", "refusal", "reasoning"), any_json)
-        )
-        | any_json,
+        "index": st.sampled_from([0, 0, 1, None]) | any_json,
+        "delta": any_delta | any_json,
+        "message": any_delta | any_json,
         "finish_reason": any_json,
     },
 )
-any_chunk = (
+any_event = (
     st.fixed_dictionaries(
         {},
         optional={
@@ -557,11 +965,26 @@ any_chunk = (
 
 
 @settings(deadline=None)
-@given(st.lists(any_chunk, max_size=4))
-def test_any_json_never_raises(events: list[Any]) -> None:
-    _, parser = parse(*(event(payload) for payload in events))
-    assert parser.error or all(isinstance(payload, dict) for payload in events)
-    assert not parser.done
+@example([{"usage": [1]}])
+@example([{"model": 5}])
+@example([choice(finish_reason={"x": 1})])
+@given(st.lists(any_event, max_size=4))
+def test_any_json_yields_the_declared_types_and_never_raises(events: list[Any]) -> None:
+    chunks, parser = parse(*(event(payload) for payload in events))
+    chunks += parser.close() or []
+    assert all(isinstance(chunk, str) and chunk for chunk in chunks)
+    assert isinstance(parser.finish_reason, str | None)
+    assert isinstance(parser.usage, dict | None)
+    assert parser.complete is (parser.error is None)
+    values = [*chunks, parser.model, parser.finish_reason, parser.usage]
+    assert json.dumps(values, ensure_ascii=False).encode()
+
+
+@settings(deadline=None)
+@given(st.lists(any_event, max_size=4), any_offsets)
+def test_splitting_any_json_changes_nothing(events: list[Any], offsets: list[int]) -> None:
+    stream = b"".join(map(event, events))
+    assert outcome(stream) == outcome(*split(stream, offsets))
 
 
 @settings(deadline=None)
@@ -569,202 +992,29 @@ def test_any_json_never_raises(events: list[Any]) -> None:
 def test_any_bytes_never_raise_and_splitting_them_changes_nothing(
     stream: bytes, offsets: list[int]
 ) -> None:
-    chunks, parser = parse(stream)
-    split_chunks, split_parser = parse(*split(stream, offsets))
-    assert split_chunks == chunks
-    assert (split_parser.done, type(split_parser.error)) == (parser.done, type(parser.error))
+    assert outcome(stream) == outcome(*split(stream, offsets))
+
+
+def outcome(*reads: bytes) -> tuple[object, ...]:
+    chunks, parser = parse(*reads)
+    chunks += parser.close() or []
+    error = parser.error and (parser.error.code, parser.error.retryable)
+    values = (parser.model, parser.finish_reason, parser.usage, parser.done, parser.finished)
+    return typed(chunks), error, values
 
 
 @settings(deadline=None)
-@example([{"usage": [1]}])
-@example([{"model": 5}])
-@example([{"choices": [{"finish_reason": {"x": 1}}]}])
-@example([{"choices": [{"delta": {"content": [{"type": "text", "text": 5}]}}]}])
-@given(st.lists(any_chunk, max_size=4))
-def test_values_parsed_from_any_json_have_the_declared_types(events: list[Any]) -> None:
-    chunks, parser = parse(*(event(payload) for payload in events))
-    assert all(isinstance(chunk, str) and chunk for chunk in chunks)
-    assert isinstance(parser.model, str)
-    assert isinstance(parser.finish_reason, str | None)
-    assert isinstance(parser.usage, dict | None)
+@given(st.lists(any_choice | st.just({"index": 0, "delta": {"content": "a"}}), max_size=8))
+def test_short_cut_for_plain_text_changes_nothing(choices: list[Any]) -> None:
+    class SlowParser(CompletionParser):
+        """A parser that never finds the index of plain text."""
 
+        _plain_index = property(lambda self: self, lambda self, value: None)
 
-# ---- classify_error, retry_after
-
-
-def wrapped(**error: object) -> dict[str, object]:
-    return {"error": error}
-
-
-# The status and JSON of an error response, and the code and retryable of our error.
-RESPONSES: dict[str, tuple[int, object, str, bool]] = {
-    # The operator has to act.
-    "400": (400, wrapped(message="bad"), "upstream_error", False),
-    "401": (401, wrapped(code="invalid_api_key"), "upstream_error", False),
-    "403": (403, wrapped(code="unsupported_country"), "upstream_error", False),
-    "404": (404, wrapped(code="model_not_found"), "upstream_error", False),
-    "422": (422, {"detail": [{"loc": ["body"]}]}, "upstream_error", False),
-    "a redirect": (307, None, "upstream_error", False),
-    "a made-up status": (299, None, "upstream_error", False),
-    # The provider failed.
-    "408": (408, None, "upstream_error", True),
-    "409": (409, None, "upstream_error", True),
-    "500": (500, wrapped(type="server_error"), "upstream_error", True),
-    "502 with HTML": (502, None, "upstream_error", True),
-    "504": (504, None, "upstream_error", True),
-    "520": (520, None, "upstream_error", True),
-    "500 with code 401": (500, wrapped(code=401), "upstream_error", False),
-    "502 with code 401": (502, wrapped(code=401), "upstream_error", True),
-    # Busy.
-    "429": (429, wrapped(code="rate_limit_exceeded"), "upstream_unavailable", True),
-    "429 without JSON": (429, None, "upstream_unavailable", True),
-    "503": (503, None, "upstream_unavailable", True),
-    "529": (529, None, "upstream_unavailable", True),
-    "overloaded as 500": (
-        500,
-        wrapped(message="The engine is Overloaded"),
-        "upstream_unavailable",
-        True,
-    ),
-    "500 with code 429": (500, wrapped(code="429"), "upstream_unavailable", True),
-    "slow_down as 403": (403, wrapped(code="slow_down"), "upstream_unavailable", True),
-    # The account is used up.
-    "402": (402, wrapped(message="Insufficient balance"), "upstream_unavailable", False),
-    "quota by code": (429, wrapped(code="insufficient_quota"), "upstream_unavailable", False),
-    "quota by type": (429, wrapped(type="insufficient_quota"), "upstream_unavailable", False),
-    "billing": (429, wrapped(code="billing_hard_limit_reached"), "upstream_unavailable", False),
-    "rate limit that mentions billing": (
-        429,
-        wrapped(
-            message="Rate limit reached: 3 requests a minute. Try again in 20s, or add a payment"
-            " method at https://provider.example/account/billing.",
-            type="requests",
-            code="rate_limit_exceeded",
-        ),
-        "upstream_unavailable",
-        True,
-    ),
-    # Too long for the model.
-    "too long by code": (400, wrapped(code="context_length_exceeded"), "context_too_long", False),
-    "too long by message": (
-        400,
-        wrapped(message="Maximum Context Length is 9"),
-        "context_too_long",
-        False,
-    ),
-    "too long by type": (400, wrapped(type="too_many_prompt_tokens"), "context_too_long", False),
-    "too long as text": (
-        400,
-        wrapped(message="prompt too long; by 7 tokens"),
-        "context_too_long",
-        False,
-    ),
-    "too long with 413": (
-        413,
-        wrapped(message="exceeds the context window"),
-        "context_too_long",
-        False,
-    ),
-    "too long with 422": (422, "context length exceeded", "context_too_long", False),
-    "too long with 500": (
-        500,
-        wrapped(message="prompt is too long: 9 tokens"),
-        "context_too_long",
-        False,
-    ),
-    "key too long": (401, wrapped(message="key too long"), "upstream_error", False),
-    "response took too long": (
-        500,
-        wrapped(message="The model took too long to respond.", type="server_error"),
-        "upstream_error",
-        True,
-    ),
-    # Against the provider's policy.
-    "filtered by code": (400, wrapped(code="content_filter"), "content_refused", False),
-    "filtered with 200": (200, wrapped(code="content_filter"), "content_refused", False),
-    "policy by code": (400, wrapped(code="content_policy_violation"), "content_refused", False),
-    "flagged prompt": (
-        400,
-        wrapped(
-            message="Invalid prompt: it was flagged as violating our usage policy.",
-            type="invalid_request_error",
-            code="invalid_prompt",
-        ),
-        "content_refused",
-        False,
-    ),
-    "policy by message": (
-        403,
-        wrapped(message="Refused by our Content Management Policy"),
-        "content_refused",
-        False,
-    ),
-    # JSON of other shapes.
-    "error a string": (400, {"error": "context length exceeded"}, "context_too_long", False),
-    "error null": (500, {"error": None}, "upstream_error", True),
-    "error a list": (500, {"error": [1]}, "upstream_error", True),
-    "no error member": (400, {"message": "prompt too long"}, "context_too_long", False),
-    "a list": (500, [1, 2], "upstream_error", True),
-    "a number": (500, 7, "upstream_error", True),
-    "fields of other types": (
-        500,
-        wrapped(code=["x"], type={"y": 1}, message=12),
-        "upstream_error",
-        True,
-    ),
-}
-
-
-@pytest.mark.parametrize(("status", "body", "code", "retryable"), RESPONSES.values(), ids=RESPONSES)
-def test_error_response_is_classified(
-    status: int, body: object, code: str, retryable: bool
-) -> None:
-    error = classify_error(status, body)
-    assert error.code == code
-    assert error.retryable is retryable
-    assert error.retry_after is None
-
-
-def test_retry_after_is_set_only_for_retryable_errors() -> None:
-    headers = {"retry-after": "2.2"}
-    assert classify_error(429, None, headers).retry_after == 2.2
-    assert classify_error(503, None, headers).detail().retry_after == 3
-    assert classify_error(500, None, headers).retry_after == 2.2
-    assert classify_error(400, None, headers).retry_after is None
-    assert classify_error(429, wrapped(code="insufficient_quota"), headers).retry_after is None
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "3"}, 3.0),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after": " 3 "}, 3.0),
-        ({"retry-after-ms": "1500"}, 1.5),
-        ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
-        ({"retry-after-ms": "0", "retry-after": "1"}, 1.0),
-        ({"retry-after-ms": "soon", "retry-after": "1"}, 1.0),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": ""}, None),
-        ({"retry-after": "-1"}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "86400"}, 86400.0),
-        ({"retry-after": "86401"}, None),
-    ],
-)
-def test_retry_after_reads_seconds_up_to_a_day(
-    headers: dict[str, str], seconds: float | None
-) -> None:
-    assert retry_after(headers, 0.0) == seconds
-
-
-def test_retry_after_reads_a_date() -> None:
-    now = datetime(2026, 11, 22, tzinfo=UTC)
-    soon = format_datetime(now + timedelta(seconds=60), usegmt=True)
-    assert retry_after({"retry-after": soon}, now.timestamp()) == 60
-
-
-def test_retry_after_ignores_a_past_date() -> None:
-    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1.5e9) is None
+    parsers = (CompletionParser(), SlowParser())
+    for each in choices:
+        fast, slow = (typed(parser.feed(event({"choices": [each]}))) for parser in parsers)
+        assert fast == slow
+    fast_error, slow_error = (parser.error and str(parser.error) for parser in parsers)
+    assert fast_error == slow_error
+    assert parsers[0].complete is parsers[1].complete

@@ -379,7 +379,7 @@ async def test_an_answer_is_over_after_its_completion() -> None:
 
 def test_a_bare_error_line_may_hold_plain_text() -> None:
     reader = CompletionParser()
-    assert reader.feed(b"error: the server is overloaded\n") is None
+    assert reader.feed(b"error: the server is overloaded\n\n") is None
     assert reader.error
     assert reader.error.code == "upstream_unavailable"
 

@@ -1,24 +1,23 @@
-"""The SQLite store: locks, expiry, the file and its permissions, full disks, large files.
+"""The SQLite store: threads, locks, expiry, eviction, failures of the database, many sessions.
 
-Rules that hold for every store are tested in test_stores.py.
+Rules that hold for every store are tested in test_stores.py, the file in test_database.py.
 """
 
 import ast
 import asyncio
 import json
 import logging
-import os
 import re
 import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -28,9 +27,9 @@ from errors import ServiceError
 from ratelimit import anonymous_caller
 from server import Drain
 from service import create_app, sweep_periodically
-from sessions import APPLICATION_ID, SCHEMA_VERSION, SWEEP_ROWS, SessionStore, SQLiteStore, Turn
+from sessions import SWEEP_ROWS, SessionStore, SQLiteStore, Turn
 from settings import SettingsError, from_env
-from tests.conftest import raises
+from tests.conftest import create_log, raises
 
 TTL = 100.0
 MAX_CHARS = 1000
@@ -51,11 +50,22 @@ class Clock:
         return self.now
 
 
+def create_store(
+    file: Path | str,
+    clock: Clock,
+    max_chars: int = MAX_CHARS,
+    log: logging.Logger | None = None,
+    **options: Any,
+) -> SQLiteStore:
+    log = log or logging.Logger("test")
+    return SQLiteStore(str(file), ttl=TTL, max_chars=max_chars, clock=clock, log=log, **options)
+
+
 @asynccontextmanager
 async def open_store(
-    file: Path | str, clock: Clock, max_chars: int = MAX_CHARS
+    file: Path | str, clock: Clock, max_chars: int = MAX_CHARS, **options: Any
 ) -> AsyncIterator[SQLiteStore]:
-    store = SQLiteStore(str(file), ttl=TTL, max_chars=max_chars, clock=clock)
+    store = create_store(file, clock, max_chars, **options)
     try:
         yield store
     finally:
@@ -309,7 +319,7 @@ async def test_deleted_text_is_in_no_file_after_the_next_sweep(
         # grep runs in another process, because closing the file here would drop the store's locks.
         found = await anyio.run_process(["grep", "-rl", "private", str(file.parent)], check=False)
         assert (found.returncode, found.stdout) == (1, b"")
-    assert [path.name for path in file.parent.iterdir()] == ["chat.db"]
+    assert {path.name for path in file.parent.iterdir()} == {"chat.db", "chat.db.lock"}
     assert b"private" not in read_bytes(file)
 
 
@@ -321,85 +331,116 @@ async def test_session_ids_are_not_in_the_file(file: Path, clock: Clock) -> None
     assert b"chosen-id" not in read_bytes(file)
 
 
-# ---- the file
+# ---- eviction
 
 
-def set_mode(path: Path, mode: int) -> None:
-    """Set the file's mode. Creates an empty file if there is none."""
-    if not path.exists():
-        path.touch()
-    path.chmod(mode)
+async def create_sessions(store: SessionStore, clock: Clock, *names: str, owner: str) -> None:
+    """Create sessions, each a second after the one before it."""
+    for name in names:
+        clock.now += 1
+        await store_turns(store, name, make_turn(at=clock.now), owner=owner)
 
 
-@pytest.mark.parametrize("before", [None, 0o644, 0o666])
-async def test_only_the_owner_can_read_the_files(
-    file: Path, clock: Clock, before: int | None
+async def existing(store: SessionStore, *names: str, owner: str) -> list[str]:
+    """Return the names of the sessions that exist."""
+    found = []
+    for name in names:
+        with suppress(ServiceError):
+            await store.read(owner, name)
+            found.append(name)
+    return found
+
+
+@pytest.fixture
+async def half_full(file: Path, clock: Clock) -> AsyncIterator[tuple[SQLiteStore, list[None]]]:
+    """A store of 1 MiB that is half full with sessions of a key, and a list of its evictions."""
+    evictions: list[None] = []
+    async with open_store(
+        file,
+        clock,
+        max_chars=2**20,
+        max_bytes=2**20,
+        max_sessions=3,
+        on_evict=lambda: evictions.append(None),
+    ) as store:
+        for number in range(6):
+            turn = make_turn("x" * 100_000, at=clock.now)
+            await store_turns(store, f"large-{number}", turn, owner="key:large")
+        yield store, evictions
+
+
+async def test_caller_loses_its_oldest_idle_session_for_each_new_one_in_a_half_full_store(
+    half_full: tuple[SQLiteStore, list[None]], clock: Clock
 ) -> None:
-    if before is not None:
-        set_mode(file, before)
-    async with open_store(file, clock) as store:
-        await store_turns(store, "mine", make_turn())
-        modes = {path.name: path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
-    assert modes == {"chat.db": 0o600, "chat.db-wal": 0o600, "chat.db-shm": 0o600}
+    store, evictions = half_full
+    await create_sessions(store, clock, "a", "b", "c", owner=OTHER_CALLER)
+    await create_sessions(store, clock, "a", "b", "c", owner=CALLER)
+    assert evictions == []
+    # Chosen and issued ids count alike, and a new turn makes a session younger.
+    clock.now += 2
+    await store_turns(store, "a", make_turn(at=clock.now - 1))
+    issued = await store_turns(store, None, make_turn(at=clock.now))
+    assert await existing(store, "a", "b", "c", issued, owner=CALLER) == ["a", "c", issued]
+    # A session whose response is running stays.
+    running = await store.open(CALLER, "c")
+    await create_sessions(store, clock, "d", "e", owner=CALLER)
+    found = await existing(store, "a", "c", "d", "e", issued, owner=CALLER)
+    assert found == ["c", "d", "e"]
+    await store.end(running, make_turn(at=clock.now))
+    assert len(evictions) == 3
+    # Other callers lose nothing.
+    assert await existing(store, "a", "b", "c", owner=OTHER_CALLER) == ["a", "b", "c"]
+    assert len(await existing(store, *(f"large-{n}" for n in range(6)), owner="key:large")) == 6
 
 
-async def test_schema_version_is_stored(store: SQLiteStore, file: Path) -> None:
-    with connect(file) as db:
-        assert db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION
-
-
-def newer_schema(file: Path) -> None:
-    with connect(file) as db:
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-
-
-def not_a_database(file: Path) -> None:
-    file.write_text("# A project\n" * 100)
-
-
-def foreign_database(file: Path) -> None:
-    with connect(file) as db:
-        db.execute("CREATE TABLE invoice (number INTEGER PRIMARY KEY)")
-
-
-def foreign_database_with_version(file: Path) -> None:
-    foreign_database(file)
-    with connect(file) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def directory(file: Path) -> None:
-    file.mkdir()
-
-
-def missing_directory(file: Path) -> None:
-    file.parent.rmdir()
-
-
-@pytest.mark.parametrize(
-    "prepare",
-    [
-        newer_schema,
-        not_a_database,
-        foreign_database,
-        foreign_database_with_version,
-        directory,
-        missing_directory,
-    ],
-)
-def test_unusable_file_stops_the_start_with_one_line_and_is_not_changed(
-    file: Path, prepare: Callable[[Path], None]
+async def test_issued_sessions_of_anonymous_callers_count_for_their_creators(
+    half_full: tuple[SQLiteStore, list[None]], clock: Clock
 ) -> None:
-    prepare(file)
-    before = file.read_bytes() if file.is_file() else None
-    with pytest.raises(SettingsError) as caught:
-        create_app(from_env({"STATE_URL": f"sqlite:///{file}"}), logging.Logger("test"), Drain())
-    line = str(caught.value)
-    assert line.startswith(f"STATE_URL: {file} ")
-    assert "sqlite:///PATH" in line
-    assert "\n" not in line
-    assert (file.read_bytes() if file.is_file() else None) == before
+    store, evictions = half_full
+    issued = [await store_turns(store, None, make_turn(at=clock.now)) for _ in range(3)]
+    for session_id in issued:
+        clock.now += 1
+        await store_turns(store, session_id, make_turn(at=clock.now), owner=OTHER_CALLER)
+    await create_sessions(store, clock, "a", owner=OTHER_CALLER)
+    assert evictions == []
+    await create_sessions(store, clock, "a", owner=CALLER)
+    assert await existing(store, *issued, owner=CALLER) == issued[1:]
+
+
+async def test_key_may_have_ten_times_as_many_sessions(
+    half_full: tuple[SQLiteStore, list[None]], clock: Clock
+) -> None:
+    store, evictions = half_full
+    await create_sessions(store, clock, *(f"s-{n}" for n in range(30)), owner="key:app")
+    assert evictions == []
+    await create_sessions(store, clock, "s-30", owner="key:app")
+    assert len(evictions) == 1
+    assert await existing(store, "s-0", "s-1", "s-30", owner="key:app") == ["s-1", "s-30"]
+
+
+async def test_nothing_is_evicted_below_half(file: Path, clock: Clock) -> None:
+    async with open_store(file, clock, max_bytes=2**20, max_sessions=1) as store:
+        names = [f"s-{number}" for number in range(50)]
+        await create_sessions(store, clock, *names, owner=CALLER)
+        assert await existing(store, *names, owner=CALLER) == names
+
+
+async def test_evictions_are_logged_once_a_minute_with_the_settings(
+    file: Path, clock: Clock
+) -> None:
+    handler, log = create_log()
+    async with open_store(file, clock, log=log, max_bytes=2**16, max_sessions=1) as store:
+        await store_turns(store, "large", make_turn("x" * 8000), owner=OTHER_CALLER)
+        await create_sessions(store, clock, *(f"s-{n}" for n in range(60)), owner=CALLER)
+        assert len(handler.entries) == 1
+        await create_sessions(store, clock, "next-1", "next-2", "next-3", owner=CALLER)
+    assert [entry["level"] for entry in handler.entries] == ["warning", "warning"]
+    for entry in handler.entries:
+        assert "MAX_SESSIONS_PER_CALLER" in entry["event"]
+        assert "STATE_MAX_BYTES" in entry["event"]
+
+
+# ---- failures of the database
 
 
 def test_unreachable_redis_stops_the_start_without_showing_the_password() -> None:
@@ -414,61 +455,6 @@ def test_unreachable_redis_stops_the_start_without_showing_the_password() -> Non
     assert address in line
     assert "user" not in line
     assert "password" not in line
-
-
-@contextmanager
-def unprivileged(directory: Path) -> Iterator[None]:
-    """Run the block as the unprivileged owner of `directory`, because root can write anywhere."""
-    root = os.geteuid() == 0
-    if root:
-        for path in (directory, *directory.iterdir()):
-            os.chown(path, 65534, 65534)
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def reachable() -> Iterator[Path]:
-    """A directory that every user may enter, unlike pytest's."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-@pytest.mark.parametrize(
-    ("file_mode", "directory_mode"), [(0o400, 0o755), (0o600, 0o555), (None, 0o555)]
-)
-async def test_unwritable_file_or_directory_stops_the_start_and_names_the_setting(
-    reachable: Path, clock: Clock, file_mode: int | None, directory_mode: int
-) -> None:
-    file = reachable / "chat.db"
-    if file_mode is not None:
-        async with open_store(file, clock) as store:
-            await store_turns(store, "mine", make_turn("stored"))
-        set_mode(file, file_mode)
-    set_mode(reachable, directory_mode)
-    with (
-        unprivileged(reachable),
-        pytest.raises(SettingsError, match=r"STATE_URL: .*sqlite:///PATH"),
-    ):
-        SQLiteStore(str(file), ttl=TTL, max_chars=MAX_CHARS, clock=clock)
-    set_mode(reachable, 0o755)
-    if file_mode is not None:
-        set_mode(file, 0o600)
-        async with open_store(file, clock) as store:
-            assert await stored_messages(store, "mine") == ["stored"]
-
-
-async def test_file_locked_by_another_process_stops_the_start(file: Path, clock: Clock) -> None:
-    async with open_store(file, clock) as store:
-        await store_turns(store, "mine", make_turn("stored"))
-    with exclusive_locks(file), pytest.raises(SettingsError, match="locked"):
-        SQLiteStore(str(file), ttl=TTL, max_chars=MAX_CHARS, clock=clock)
-    async with open_store(file, clock) as store:
-        assert await stored_messages(store, "mine") == ["stored"]
 
 
 async def test_while_another_process_locks_the_file_reads_work_and_writes_fail(
@@ -560,7 +546,7 @@ def fill(file: Path, sessions: int) -> None:
         db.execute("BEGIN")
         turns = json.dumps([["Hi", "Hello", True, 0.0, 0.0]] * 2)
         db.executemany(
-            "INSERT INTO session VALUES (NULL, ?, ?, 0.0, ?, ?)",
+            "INSERT INTO session VALUES (NULL, ?, ?, 0.0, ?, ?, '')",
             (
                 (number.to_bytes(32), CALLER, START + number - sessions // 2, turns)
                 for number in range(sessions)

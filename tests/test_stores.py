@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from errors import Code, ServiceError
 from redis_state import RedisClient, RedisStore
-from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn
+from sessions import ISSUED_ID, Session, SessionStore, Turn
 from tests.conftest import raises
 from tests.redis_server import RedisServer
 from tests.test_sessions import (
@@ -36,6 +36,7 @@ from tests.test_sessions import (
     Clock,
     connect,
     count_stored,
+    create_store,
     make_turn,
     store_turns,
     stored_messages,
@@ -95,7 +96,7 @@ class SQLiteBackend(Backend):
         return self.clock.now
 
     def create_store(self, max_chars: int = MAX_CHARS) -> SessionStore:
-        return SQLiteStore(str(self.path), ttl=TTL, max_chars=max_chars, clock=self.clock)
+        return create_store(self.path, self.clock, max_chars)
 
     def advance(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -674,7 +675,7 @@ class Model(RuleBasedStateMachine):
                 self.assert_matches(self.runner.run(self.store.read(owner, session_id)), known)
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_store_behaves_like_its_model(backend: Backend, examples: int) -> None:
     class BackendModel(Model):
         pass
