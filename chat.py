@@ -159,6 +159,14 @@ class DoneEvent(BaseModel):
     usage: dict[str, Any] | None
 
 
+class StoppedEvent(BaseModel):
+    """The terminal event of a response that its caller stopped. The text so far is stored."""
+
+    status: Literal["stopped"] = "stopped"
+    id: str
+    session_id: str
+
+
 class ErrorEvent(BaseModel):
     """The terminal event of a response that failed after its status line was sent."""
 
