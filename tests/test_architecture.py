@@ -23,12 +23,15 @@ IMPORTS = {
     "settings": set[str](),
     "http_client": set[str](),
     "chat": {"errors"},
-    "openai_stream": {"errors"},
+    "provider_errors": {"errors"},
+    "openai_stream": {"errors", "provider_errors"},
     "telemetry": {"errors"},
     "ratelimit": {"errors", "settings"},
     "sessions": {"errors", "settings"},
     "server": {"errors", "settings"},
-    "providers": {"errors", "http_client", "openai_stream", "settings", "telemetry"},
+    "providers": {
+        *("errors", "http_client", "openai_stream", "provider_errors", "settings", "telemetry"),
+    },
     "stream": {
         *("chat", "errors", "openai_stream", "providers", "server", "settings", "telemetry"),
     },
