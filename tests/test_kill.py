@@ -101,7 +101,7 @@ async def test_conversation_continues_after_the_process_ended(
         await process.wait()
         if sign is signal.SIGTERM:
             # A stopped service leaves everything in one file.
-            assert file_names(tmp_path) == ["chat.db"]
+            assert file_names(tmp_path) == ["chat.db", "chat.db.lock"]
     async with running_process(file, env) as (app, _):
         assert await read_messages(app, "mine") == echoed("one")
         assert await chat_to_end(app, "two", "mine") == "done"
