@@ -186,6 +186,14 @@ class CompletionBody(DoneEvent):
     reasoning: str | None = Field(default=None, exclude_if=lambda reasoning: reasoning is None)
 
 
+class StoppedEvent(BaseModel):
+    """The terminal event of a response that its caller stopped. The text so far is stored."""
+
+    status: Literal["stopped"] = "stopped"
+    id: str
+    session_id: str
+
+
 class ErrorEvent(BaseModel):
     """The terminal event of a response that failed after its status line was sent."""
 

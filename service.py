@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import telemetry
 from chat import parse_request
 from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
+from provider_errors import operator_hint
 from providers import Call, Completion, LLMProvider, Message, Router, complete, create_providers
 from ratelimit import (
     Caller,
@@ -65,7 +66,11 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
+SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
+# Expired sessions stay in the file for at most this long.
 SWEEP_SECONDS = 60.0
+# One line a minute shows that a provider keeps failing.
+HINT_SECONDS = 60.0
 # After these errors the connection is closed: the rest of the body is not read, or the client
 # should send its next request to another replica.
 CLOSING_ERRORS = ("body_too_large", "request_timeout", "shutting_down")
@@ -92,6 +97,7 @@ class Service:
     metrics: telemetry.Metrics
     log: logging.Logger
     _warned: set[str] = field(default_factory=set)
+    _hinted_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
     # POST /api/v1/chat
 
@@ -148,6 +154,17 @@ class Service:
             self.metrics.finish_stream(
                 record, stream.fill_report(), call.attempts, self.router.known
             )
+            self._log_hints(call.attempts)
+
+    def _log_hints(self, attempts: Sequence[telemetry.Attempt]) -> None:
+        """Log what the operator should look at, at most once a minute per provider and cause."""
+        urls = {each.name: str(each.base_url) for each in self.settings.providers}
+        for attempt in attempts:
+            name = attempt.model.partition("/")[0]
+            hint = operator_hint(attempt, urls.get(name, "")) if attempt.error else None
+            if hint is not None and time.monotonic() >= self._hinted_until.get((name, hint[0]), 0):
+                self._hinted_until[name, hint[0]] = time.monotonic() + HINT_SECONDS
+                self.log.warning(hint[1])
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the request's body.
@@ -371,7 +388,9 @@ async def sweep_periodically(store: SessionStore) -> None:
 
 
 def create_state(
-    settings: Settings, log: logging.Logger | None = None
+    settings: Settings,
+    log: logging.Logger | None = None,
+    on_evict: Callable[[], None] = lambda: None,
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """Return the rate limiters and the session store that STATE_URL names.
 
@@ -394,6 +413,7 @@ def create_state(
         log=log or logging.getLogger("chat_sidecar"),
         max_bytes=settings.state_max_bytes,
         max_sessions=settings.max_sessions_per_caller,
+        on_evict=on_evict,
     )
     limiters = {kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()}
     return limiters, store
@@ -419,9 +439,9 @@ def create_app(
     """
     providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = create_state(settings, log)
-    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
+    limiters, store = create_state(settings, log, metrics.sessions_evicted.inc)
+    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics.active_streams.set_function(lambda: streams.active)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log)
     models = {"default": router.default_model, "models": router.models}
@@ -439,7 +459,7 @@ def create_app(
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            static_route("/playground.js", "playground.js", "text/javascript"),
+            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
         ]
 
     @asynccontextmanager

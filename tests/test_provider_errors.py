@@ -138,6 +138,30 @@ RESPONSES: dict[str, tuple[int, object, str, bool]] = {
         False,
     ),
     "exhausted pool": (500, message("All load balancers exhausted"), "upstream_error", True),
+    "401 that mentions a rate limit": (
+        401,
+        message("Unknown key. Unknown keys have a rate limit of 0."),
+        "upstream_error",
+        False,
+    ),
+    "401 that mentions a policy": (
+        401,
+        message("Unknown key. See our content policy."),
+        "upstream_error",
+        False,
+    ),
+    "429 that mentions tokens": (
+        429,
+        message("Too many tokens, wait before you try again."),
+        "upstream_unavailable",
+        True,
+    ),
+    "403 that mentions the context": (
+        403,
+        message("Your plan does not include the maximum context length."),
+        "upstream_error",
+        False,
+    ),
     "data policy": (404, message("No endpoints match your data policy"), "upstream_error", False),
     "closed account": (
         403,
