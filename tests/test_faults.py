@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import anyio
 import pytest
 
+from providers import MAX_ERROR_BYTES
 from tests.faults import STATUS, expected_level, get_outcome, read_to_end, run_scenario
 from tests.test_retries import create_params
 from tests.upstream import (
@@ -207,6 +208,7 @@ STREAMS: dict[str, Fault] = {
     "done_twice": ends(FINISH, DONE, DONE),
     "text_after_done": ends(FINISH, DONE, delta("more"), DONE),
     "reset_after_done": Fault(send_and_reset(http_chunks(FINISH, DONE)), "done"),
+    "reset_after_finish": Fault(send_and_reset(http_chunk(FINISH)), "done"),
     "open_after_done": Fault(send(http_chunks(FINISH, DONE)), "done"),
     "open_after_finish": Fault(send(http_chunk(FINISH)), "done"),
     "invalid_usage": ends(
@@ -314,6 +316,7 @@ def error_body(**error: object) -> bytes:
 
 COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
 EVENTS, GZIP = "content-type: text/event-stream", "content-encoding: gzip"
+HTML_503 = b"HTTP/1.1 503 Busy\r\ncontent-type: text/html\r\ncontent-length: 9999999\r\n\r\n"
 LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 1000\r\n"
 
 RESPONSES: dict[str, Fault] = {
@@ -379,6 +382,9 @@ RESPONSES: dict[str, Fault] = {
         502, b"<html>Bad gateway</html>", "content-type: text/html", retryable=True
     ),
     "503": busy(503, "retry-after: 3", retry_after=3),
+    "503_html_that_does_not_end": Fault(
+        send(HTML_503, b"x" * (MAX_ERROR_BYTES + 1)), "upstream_unavailable"
+    ),
     "503_gzip": responds(
         503, gzip.compress(b"busy"), GZIP, outcome="upstream_unavailable", retryable=True
     ),
