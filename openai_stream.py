@@ -161,7 +161,8 @@ class CompletionParser:
         active = False
         for name, payload in self._decoder.feed(data):
             try:
-                event = from_json(payload, allow_inf_nan=False)
+                # The cache of strings would take as long as parsing.
+                event = from_json(payload, allow_inf_nan=False, cache_strings="none")
             except ValueError:
                 event = self._parse_leniently(payload)
             try:
