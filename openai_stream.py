@@ -51,7 +51,7 @@ class SSEDecoder:
 
     `feed` takes bytes split anywhere and returns the events they complete, as (name, data) pairs.
     It also reads what the standard ignores or garbles: a line `error: {...}` (llama-box) is an
-    event named `error`, a line that starts with `{` is an event named `json`, and data lines that
+    event named `error`, JSON without a field name is an event named `json`, and data lines that
     are each complete are one event each, as if there were blank lines between them.
     """
 
@@ -100,7 +100,10 @@ def _read_block(block: bytes) -> list[tuple[bytes, bytes]]:
     """Return the events in lines without a blank line between them."""
     events: list[tuple[bytes, bytes]] = []
     name, data = b"", []
-    for line in block.split(b"\n"):
+    lines = block.strip(b"\n").split(b"\n")
+    if lines[0].startswith(b"{"):
+        name, data, lines = b"json", lines, []
+    for line in lines:
         field, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if field == b"data":
