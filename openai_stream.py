@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from errors import ServiceError
 from provider_errors import classify_error, is_error
@@ -252,7 +252,8 @@ class CompletionParser:
             self.model = model
         usage = event.get("usage") or ("x_groq" in event and (event["x_groq"] or {}).get("usage"))
         if usage and isinstance(usage, dict):
-            self.usage = usage
+            # 1e999 is valid JSON, but would be sent to the client as Infinity.
+            self.usage = from_json(to_json(usage, inf_nan_mode="null"))
         active = False
         for choice in choices:
             active |= self._read_choice(choice, chunks)

@@ -451,6 +451,7 @@ USAGES: dict[str, tuple[bytes, dict[str, Any] | None]] = {
         {"total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}, "x": [1.5]},
     ),
     "with NaN": (sse('{"usage":{"total_tokens":3,"cost":NaN}}'), {"total_tokens": 3, "cost": None}),
+    "with a number out of range": (sse('{"usage":{"x":1e999,"y":-1e999}}'), {"x": None, "y": None}),
     "with half a surrogate pair": (sse('{"usage":{"x":"\\ud83d"}}'), {"x": "?"}),
 }
 
