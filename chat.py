@@ -10,7 +10,14 @@ import unicodedata
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import ErrorDetails
 
 import errors
@@ -102,6 +109,9 @@ class ChatRequest(BaseModel, extra="forbid", frozen=True, strict=True):
     message: Annotated[str, AfterValidator(_clean_message)]
     model_id: Annotated[str, StringConstraints(max_length=128)] | None = None
     session_id: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
+    stream: bool = True
+    include_reasoning: bool = False
+    replace_last_turn: bool = False
 
 
 def parse_request(body: bytes, max_message_chars: int) -> ChatRequest:
@@ -131,6 +141,7 @@ def _field_problem(problem: ErrorDetails) -> FieldProblem:
         "missing": "is required",
         "extra_forbidden": f"is not a known field ({hint})",
         "string_type": "must be a string",
+        "bool_type": "must be true or false",
         "string_too_long": "must have at most 128 characters",
         "string_pattern_mismatch": "must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -",
     }
@@ -145,18 +156,49 @@ class ChunkEvent(BaseModel):
     id: str
 
 
+class ReasoningEvent(BaseModel):
+    """One delta of the model's reasoning, which is only sent on request."""
+
+    reasoning: str
+    id: str
+
+
 class DoneEvent(BaseModel):
     """The terminal event of a complete response.
 
-    `usage` is the provider's own object, or null if it sent none.
+    `usage` is the provider's own object, or null if it sent none. `history_trimmed` is only sent if
+    older turns no longer fit into the model and were left out.
     """
 
     status: Literal["done"] = "done"
     id: str
     session_id: str
-    model: str
+    model: str | None
     finish_reason: str | None
     usage: dict[str, Any] | None
+    history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
+
+
+class CompletionBody(BaseModel):
+    """The body of a response to a request with `"stream": false`."""
+
+    status: Literal["done", "stopped"]
+    id: str
+    session_id: str
+    model: str | None
+    content: str
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
+    reasoning: str | None = Field(default=None, exclude_if=lambda reasoning: reasoning is None)
+
+
+class StoppedEvent(BaseModel):
+    """The terminal event of a response that its caller stopped. The text so far is stored."""
+
+    status: Literal["stopped"] = "stopped"
+    id: str
+    session_id: str
 
 
 class ErrorEvent(BaseModel):

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from settings import SettingsError
+from settings import InUseError, SettingsError
 
 # Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = int.from_bytes(b"chat")
@@ -105,11 +105,11 @@ class Database:
         return self._use_reserve(lambda: self._db.execute(statement, values))
 
     def is_half_full(self) -> bool:
-        return self._is_larger_than(self._half)
+        return self._uses_more_than(self._half)
 
     def is_full(self) -> bool:
         """Return whether the file or the disk has no room for another turn."""
-        return self.is_disk_full() or self._is_larger_than(self._full)
+        return self.is_disk_full() or self._uses_more_than(self._full)
 
     def is_disk_full(self) -> bool:
         return self._lock_file is not None and not self._lock_file.has_room()
@@ -143,8 +143,8 @@ class Database:
             self._db.executescript(TRUNCATE_LOG)
             return work()
 
-    def _is_larger_than(self, pages: int) -> bool:
-        """Return whether more pages are in use, which are those that are not free."""
+    def _uses_more_than(self, pages: int) -> bool:
+        """Return whether more than `pages` pages contain data."""
         size = self._pragma("page_count")
         return size > pages and size - self._pragma("freelist_count") > pages
 
@@ -168,7 +168,7 @@ class LockFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise SettingsError(
+            raise InUseError(
                 f"STATE_URL: {path} is in use by another process. If that is an old process that"
                 " is still draining, wait until it has ended; otherwise set another path, or"
                 " redis:// to share sessions between processes"

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from check import check
 from database import APPLICATION_ID, DISK_RESERVE_BYTES, SCHEMAS, Database, LockFile, pseudonym
 from errors import ServiceError
 from server import Drain
-from service import create_app
+from service import create_app, create_state
 from sessions import SessionStore
 from settings import SettingsError, from_env
-from tests.conftest import StartService, StartUpstream, create_log, raises
-from tests.test_conversations import answered, on_session, remembered, repeat
-from tests.test_kill import environment, running_process
-from tests.test_service import openai
+from tests.conftest import StartService, StartUpstream, create_log, openai_env, raises
+from tests.test_conversations import echo, echoed, read_messages, request_session
+from tests.test_kill import ROOT, running_process
 from tests.test_sessions import (
     CALLER,
     OTHER_CALLER,
@@ -308,18 +308,23 @@ async def test_log_next_to_the_target_of_a_linked_database_must_not_be_a_symboli
 # ---- one process
 
 
-async def test_second_process_does_not_start_and_backups_and_probes_work(
+async def test_second_process_does_not_start_while_probe_check_and_backup_work(
     upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url)
+    provider = await upstream(echo)
+    env = openai_env(provider.url)
     async with running_process(file, env) as (app, process):
         await (await app.chat("one", session_id="mine")).events()
         port = app.url.rpartition(":")[2]
         for arguments, status in (([], 2), (["--probe"], 0)):
             second = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "service", *arguments),
-                env={**environment(file, env), "PORT": port if arguments else "0"},
+                env={
+                    "PYTHONPATH": str(ROOT),
+                    "STATE_URL": f"sqlite:///{file}",
+                    "PORT": port if arguments else "0",
+                    **env,
+                },
                 cwd=file.parent,
                 stderr=subprocess.PIPE,
             )
@@ -328,6 +333,11 @@ async def test_second_process_does_not_start_and_backups_and_probes_work(
             if not arguments:
                 assert f"STATE_URL: {file} is in use by another process" in stderr.decode()
                 assert "draining" in stderr.decode()
+        lines: list[str] = []
+        settings = from_env({"STATE_URL": f"sqlite:///{file}"})
+        assert await check(settings, [], create_state, lines.append) == 0
+        assert lines[-1].startswith("warning: ")
+        assert "in use by another process" in lines[-1]
         # Through another name, too.
         link = file.with_name("link.db")
         link.symlink_to(file)
@@ -339,7 +349,7 @@ async def test_second_process_does_not_start_and_backups_and_probes_work(
         process.kill()
         await process.wait()
     async with running_process(file, env) as (app, _):
-        assert await remembered(app, "mine") == answered("one")
+        assert await read_messages(app, "mine") == echoed("one")
 
 
 async def test_file_can_be_opened_again_after_close_or_a_failed_start(
@@ -437,8 +447,8 @@ async def test_file_larger_than_the_limit_works_at_its_size_with_a_warning(
 async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is_full(
     service: StartService, upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
+    provider = await upstream(echo)
+    env = openai_env(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
     app = await service(**env, RATE_LIMIT="off")
     sessions = 0
     while (reply := await app.chat("x" * 5000, session_id=f"s-{sessions}")).status == 200:
@@ -451,8 +461,8 @@ async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is
     assert len(provider.requests) == sessions
     assert (await app.get("/readyz")).status == 503
     assert (await app.get("/healthz")).status == 200
-    assert len(await remembered(app, "s-0")) == 2
-    assert (await on_session(app, "DELETE", "s-0")).status == 204
+    assert len(await read_messages(app, "s-0")) == 2
+    assert (await request_session(app, "DELETE", "s-0")).status == 204
     assert (await app.get("/readyz")).status == 200
     assert (await (await app.chat("Hi")).events())[-1]["status"] == "done"
 
@@ -460,14 +470,14 @@ async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is
 async def test_settings_limit_the_sessions_of_a_caller_in_a_half_full_store(
     service: StartService, upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
+    provider = await upstream(echo)
+    env = openai_env(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
     app = await service(**env, RATE_LIMIT="off", MAX_SESSIONS_PER_CALLER="1")
     for number in range(20):
         events = await (await app.chat("x" * 5000, session_id=f"s-{number}")).events()
         assert events[-1]["status"] == "done"
-    assert (await on_session(app, "GET", "s-0")).status == 404
-    assert len(await remembered(app, "s-19")) == 2
+    assert (await request_session(app, "GET", "s-0")).status == 404
+    assert len(await read_messages(app, "s-19")) == 2
 
 
 # ---- full disks
