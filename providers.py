@@ -26,7 +26,7 @@ from pydantic_core import from_json, to_json
 
 from errors import FieldProblem, ServiceError, invalid_request
 from http_client import HTTPTransport, ResponseBody, bypasses_proxy
-from openai_stream import Chunks, CompletionParser
+from openai_stream import Chunks, CompletionParser, Reasoning
 from provider_errors import classify_error
 from settings import ProviderSettings, Settings, SettingsError
 from telemetry import Attempt
@@ -136,6 +136,7 @@ class OpenAIProvider(LLMProvider):
             {
                 "Host": self._url.netloc.decode(),
                 "Content-Type": "application/json",
+                "User-Agent": "chat-sidecar",
                 "Accept": "text/event-stream",
                 # Unpacking could turn 50 KB into 50 MB.
                 "Accept-Encoding": "identity",
@@ -327,10 +328,8 @@ def create_transport(target: httpx.URL) -> HTTPTransport:
         expected = "it must be a PEM file of certificate authorities"
         raise SettingsError(f"SSL_CERT_FILE cannot be read: {error.strerror}; {expected}") from None
     except ValueError:
-        variable = f"{target.scheme.upper()}_PROXY"
-        raise SettingsError(
-            f"{variable} must be an http:// URL; other proxies are not supported"
-        ) from None
+        problem = "must be an http:// URL; other proxies are not supported"
+        raise SettingsError(f"{target.scheme.upper()}_PROXY {problem}") from None
     return HTTPTransport(tls, proxy)
 
 
@@ -340,7 +339,7 @@ class MockProvider(LLMProvider):
     name = "mock"
     # fmt: off
     models = ("echo", "lorem-100", "slow", "hang", "error", "error-midstream", "truncated",
-              "rate-limited", "empty", "unicode")
+              "rate-limited", "empty", "unicode", "reasoning")
     # fmt: on
 
     async def stream(
@@ -379,6 +378,11 @@ LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", 
 def _mock_chunks(model: str, message: str) -> Chunks:
     if model == "empty":
         return []
+    if model == "reasoning":
+        thoughts: Chunks = [
+            Reasoning(f"{word} ") for word in ["The", "user", "wants", "to", "see", "this."]
+        ]
+        return [*thoughts, "This ", "is ", "mock/reasoning."]
     if model == "unicode":
         return ["naïve ", "日本語 ", "👩‍👩‍👧 ", "नमस्ते ", "سلام ", "e\u0301 ", "line\u2028separator"]
     if model in ("slow", "error-midstream", "truncated"):

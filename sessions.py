@@ -25,7 +25,10 @@ from errors import ServiceError
 # `s_` and 256 random bits. It cannot be guessed, so it serves as a credential.
 ISSUED_ID = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
-BUSY = "Another response is running in this session. Wait until it ends, or close its stream."
+BUSY = (
+    "Another response is running in this session. Wait until it ends, or resume or stop it: GET or"
+    " DELETE /api/v1/sessions/{session_id}/stream."
+)
 LOST = "The turn was not saved: its session was deleted or replaced while the response was running."
 NOT_FOUND = "This session does not exist, has expired, or belongs to another caller."
 UNAVAILABLE = (

@@ -327,7 +327,7 @@ EVENTS: dict[str, tuple[object, Chunks | None]] = {
         [hm],
     ),
     "the same reasoning in a field and a part": (
-        choice(delta={"reasoning": "hm", "content": [{"type": "thinking", "thinking": "hm"}]}),
+        choice(delta={"reasoning": "hm", "content": [{"type": "thinking", "thinking": "h.m"}]}),
         [hm],
     ),
     "text in the second reasoning field": (
@@ -565,6 +565,16 @@ ENDS: dict[str, tuple[bytes, str, str | None]] = {
         "a",
         None,
     ),
+    "broken chunk after a finish_reason in text": (
+        finish("stop", content="a") + sse('{"choices":[{') + finish("stop", content="c"),
+        "a",
+        "upstream_error",
+    ),
+    "error beside text": (
+        delta("a") + event(choice(index=0, delta={"content": "b"}, error={"code": 500})) + DONE,
+        "ab",
+        "upstream_error",
+    ),
     "error after a finish_reason": (
         delta("a") + STOP + event({"error": {"message": "too late"}}),
         "a",
@@ -650,12 +660,14 @@ def test_finish_reason_is_final_only_without_text_and_until_text_follows() -> No
         finish(None, reasoning="hm"),
         b": working\n\n",
         event({"usage": {"total_tokens": 1}}),
+        delta("c"),
     ):
         parser.feed(data)
         states.append((parser.finished, parser.complete))
     assert states == [
         *((False, False), (True, True), (False, True), (False, True), (False, True)),
         *(4 * [(True, True)]),
+        (False, True),
     ]
 
 

@@ -237,6 +237,7 @@ async def test_chat_is_reported_in_the_log_and_the_metrics(relay: StartRelay) ->
                 "provider_request_id": "up_1",
                 "error": None,
                 "cause": None,
+                "reason": None,
             }
         ],
         "chunks": 2,
