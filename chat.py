@@ -179,10 +179,17 @@ class DoneEvent(BaseModel):
     history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
 
 
-class CompletionBody(DoneEvent):
+class CompletionBody(BaseModel):
     """The body of a response to a request with `"stream": false`."""
 
+    status: Literal["done", "stopped"]
+    id: str
+    session_id: str
+    model: str | None
     content: str
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
     reasoning: str | None = Field(default=None, exclude_if=lambda reasoning: reasoning is None)
 
 

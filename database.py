@@ -105,11 +105,11 @@ class Database:
         return self._use_reserve(lambda: self._db.execute(statement, values))
 
     def is_half_full(self) -> bool:
-        return self._is_larger_than(self._half)
+        return self._uses_more_than(self._half)
 
     def is_full(self) -> bool:
         """Return whether the file or the disk has no room for another turn."""
-        return self.is_disk_full() or self._is_larger_than(self._full)
+        return self.is_disk_full() or self._uses_more_than(self._full)
 
     def is_disk_full(self) -> bool:
         return self._lock_file is not None and not self._lock_file.has_room()
@@ -143,8 +143,8 @@ class Database:
             self._db.executescript(TRUNCATE_LOG)
             return work()
 
-    def _is_larger_than(self, pages: int) -> bool:
-        """Return whether more pages are in use, which are those that are not free."""
+    def _uses_more_than(self, pages: int) -> bool:
+        """Return whether more than `pages` pages contain data."""
         size = self._pragma("page_count")
         return size > pages and size - self._pragma("freelist_count") > pages
 

@@ -17,7 +17,7 @@ from provider_errors import classify_error, is_error
 MAX_EVENT_BYTES = 2**20
 
 # Bytes before the first text, reasoning or tool call: comments, blank lines, ignored fields, empty
-# deltas. OpenRouter sends about 30 bytes a second, Azure a few kilobytes of filter results.
+# deltas. Real ones are a few kilobytes, OpenRouter's comments and Azure's filter results.
 MAX_PREFIX_BYTES = 2**20
 
 # The finish_reasons that report a failure, and those that mean none.

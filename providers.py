@@ -136,6 +136,7 @@ class OpenAIProvider(LLMProvider):
             {
                 "Host": self._url.netloc.decode(),
                 "Content-Type": "application/json",
+                "User-Agent": "chat-sidecar",
                 "Accept": "text/event-stream",
                 # Unpacking could turn 50 KB into 50 MB.
                 "Accept-Encoding": "identity",
