@@ -256,7 +256,7 @@ async def test_stream_of_endless_reasoning_ends_at_the_total_timeout() -> None:
     ("opening", "outcomes"),
     [
         pytest.param([], {"upstream_error"}, id="before_finish"),
-        # After its finish_reason the response is complete, whatever follows.
+        # After its finish_reason the response is complete, also if more follows.
         pytest.param([FINISH], {"done", "upstream_error"}, id="after_finish", marks=slow),
     ],
 )
@@ -322,7 +322,7 @@ LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-le
 RESPONSES: dict[str, Fault] = {
     "html": responds(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
     "json_completion": responds(200, COMPLETION),
-    # Only an error member makes an error of it, whatever its message.
+    # Without a member `error`, its message does not make it an error.
     "json_object": responds(200, b'{"message":"The context window is open."}'),
     "json_list": responds(200, b"[1]"),
     "malformed_json": responds(200, b"{"),
