@@ -50,6 +50,7 @@ from ratelimit import (
     authenticate,
     failed_key_caller,
 )
+from resumable import Generation, Reader, ResumableStreams, SessionKey
 from server import (
     CONNECTION,
     MAX_DROPPED_BYTES,
@@ -60,7 +61,6 @@ from server import (
     probe,
     raise_descriptor_limit,
 )
-from resumable import Generation, Reader, ResumableStreams, SessionKey
 from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners
 from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import STREAM_HEADERS, End, EventStream
