@@ -54,6 +54,9 @@ SCHEMAS = (
     """,
 )
 
+# More than one turn adds to the file: a response has up to 4 MiB, and pages have 4 KiB.
+MAX_TURN_PAGES = 2**11
+
 T = TypeVar("T")
 
 
@@ -88,6 +91,8 @@ class Database:
         limit = max_bytes // page_size
         reserve = min(limit // 4, FILE_RESERVE_BYTES // page_size)
         self._half = limit // 2
+        # For so many more turns the file cannot become half full.
+        self._turns_left = 0
         if pages > limit:
             size = f"{path} has {pages * page_size} bytes, more than STATE_MAX_BYTES={max_bytes}"
             log.warning("%s; it does not grow. Raise STATE_MAX_BYTES, or let sessions expire", size)
@@ -140,10 +145,18 @@ class Database:
             self._lock_file.release()
             return work()
 
+    def is_far_from_full(self) -> bool:
+        """Return whether there is room for a turn, as far as that is known without looking."""
+        self._turns_left -= 1
+        return self._turns_left >= 0 and not self.is_disk_full()
+
     def _uses_more_than(self, pages: int) -> bool:
-        """Return whether more than `pages` pages contain data."""
-        size = self._pragma("page_count")
-        return size > pages and size - self._pragma("freelist_count") > pages
+        """Return whether more than `pages` pages, at least half of all, contain data."""
+        if self._turns_left > 0:
+            return False
+        used = self._pragma("page_count") - self._pragma("freelist_count")
+        self._turns_left = max(0, self._half - used) // MAX_TURN_PAGES
+        return used > pages
 
     def _pragma(self, pragma: str) -> int:
         value: int = self._db.execute(f"PRAGMA {pragma}").fetchone()[0]

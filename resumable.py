@@ -99,7 +99,7 @@ class Generation:
     def finish(self, error: ServiceError | None = None) -> None:
         """End the generation. `error` is the error with which it failed before its first chunk."""
         self.failed_early = error is not None
-        self.end = error or (self.stream and self.stream.end)
+        self.end = error if self.stream is None else error or self.stream.end
         # Nothing to resume: a retry is a new request.
         forgotten = self.terminal is None and not self.last
         if self.terminal is None:
@@ -331,9 +331,9 @@ class ResumableStreams:
         """Note that a generation has ended. Its events stay available, unless it is forgotten."""
         self._running.discard(generation)
         self._ended[generation] = None
-        assert generation.terminal is not None
-        generation.retained_bytes += len(generation.terminal)
-        self.count(len(generation.terminal))
+        size = len(generation.terminal or b"")
+        generation.retained_bytes += size
+        self.count(size)
         if forgotten:
             self._drop(generation)
         self._update_expiry(generation)

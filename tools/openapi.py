@@ -195,6 +195,13 @@ def schemas() -> Object:
     fields["replace_last_turn"]["description"] = (
         "Whether this turn replaces the session's last one. Needs a session_id."
     )
+    result["ChatRequest"] |= {
+        "if": {
+            "properties": {"replace_last_turn": {"const": True}},
+            "required": ["replace_last_turn"],
+        },
+        "then": {"properties": {"session_id": {"type": "string"}}, "required": ["session_id"]},
+    }
     result["ChatRequest"]["examples"] = [{"message": "Hello"}]
     result["ChatEvent"] = {
         "oneOf": [ref("schemas", event.__name__) for event in EVENTS],
