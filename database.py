@@ -17,8 +17,6 @@ from settings import InUseError, SettingsError
 
 # Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = int.from_bytes(b"chat")
-# Writes the write-ahead log to the file.
-TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 # How long a write waits for another process (a backup, the sqlite3 shell) to unlock the file.
 BUSY_SECONDS = 1.0
 # Disk space that is reserved for deleting sessions, and for storing the turns of responses that are
@@ -126,7 +124,7 @@ class Database:
         """
         before = self._pragma("page_count")
         pages = FULL_DISK_SHRINK_PAGES if self.is_disk_full() else SHRINK_PAGES
-        script = f"PRAGMA incremental_vacuum({pages}); {TRUNCATE_LOG}"
+        script = f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
         self._use_reserve(lambda: self._db.executescript(script))
         return self._pragma("page_count") < before
 
@@ -145,7 +143,6 @@ class Database:
             if self._lock_file is None or not full:
                 raise
             self._lock_file.release()
-            self._db.executescript(TRUNCATE_LOG)
             return work()
 
     def is_far_from_full(self) -> bool:
