@@ -495,7 +495,8 @@ async def complete(
         try:
             seconds = (deadline - now()) / (targets_left + 1)
             completion = await _stream_within(seconds, target, messages, call, sink)
-            return replace(completion, history_trimmed=call.dropped_turns > 0)
+            trimmed = call.dropped_turns > 0
+            return replace(completion, history_trimmed=True) if trimmed else completion
         except ServiceError as error:
             attempt.error, attempt.cause, attempt.reason = error.code, error.cause, error.reason
             if sink.started:

@@ -222,10 +222,10 @@ class Service:
 
     def _log_hints(self, attempts: Sequence[telemetry.Attempt]) -> None:
         """Log what the operator should look at, at most once a minute per provider and cause."""
-        urls = {each.name: str(each.base_url) for each in self.settings.providers}
-        for attempt in attempts:
+        for attempt in filter(lambda attempt: attempt.error, attempts):
             name = attempt.model.partition("/")[0]
-            hint = operator_hint(attempt, urls.get(name, "")) if attempt.error else None
+            urls = [str(each.base_url) for each in self.settings.providers if each.name == name]
+            hint = operator_hint(attempt, *urls) if urls else None
             if hint is not None and time.monotonic() >= self._hinted_until.get((name, hint[0]), 0):
                 self._hinted_until[name, hint[0]] = time.monotonic() + HINT_SECONDS
                 self.log.warning(hint[1])

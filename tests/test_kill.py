@@ -40,6 +40,17 @@ slow = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
+def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a service with sessions in `file`, without this process's own."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "PORT": "0",
+        "RATE_LIMIT": "off",
+        "STATE_URL": f"sqlite:///{file}",
+        **env,
+    }
+
+
 @asynccontextmanager
 async def running_process(
     file: Path, env: dict[str, str], program: Sequence[str] = ("-m", "service")
@@ -48,13 +59,7 @@ async def running_process(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, *program),
         cwd=file.parent,
-        env={
-            "PYTHONPATH": str(ROOT),
-            "PORT": "0",
-            "RATE_LIMIT": "off",
-            "STATE_URL": f"sqlite:///{file}",
-            **env,
-        },
+        env=environment(file, env),
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -74,8 +79,8 @@ async def running_process(
         await reading
 
 
-def file_names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
+def file_names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 async def chat_to_end(app: RunningService, message: str, session_id: str) -> str:
@@ -100,8 +105,8 @@ async def test_conversation_continues_after_the_process_ended(
         process.send_signal(sign)
         await process.wait()
         if sign is signal.SIGTERM:
-            # A stopped service leaves everything in one file.
-            assert file_names(tmp_path) == ["chat.db"]
+            # A stopped service leaves everything in one file, besides an empty one for its lock.
+            assert file_names(tmp_path) == {"chat.db", "chat.db.lock"}
     async with running_process(file, env) as (app, _):
         assert await read_messages(app, "mine") == echoed("one")
         assert await chat_to_end(app, "two", "mine") == "done"
