@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from chat import (
     ChatRequest,
@@ -110,14 +110,9 @@ HEADERS: Object = {
         {"type": "integer", "minimum": 0},
     ),
     "WWW-Authenticate": header("The scheme of API keys.", {"const": "Bearer"}, required=True),
-    "Allow": header("The methods that the route accepts.", TEXT, required=True),
 }
 # On every response that passed the rate limiter.
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
-ERROR_HEADERS: dict[Code, str] = {
-    "invalid_api_key": "WWW-Authenticate",
-    "method_not_allowed": "Allow",
-}
 REQUEST_ID: Object = {
     "name": "X-Request-ID",
     "in": "header",
@@ -147,13 +142,6 @@ goes on for RESUME_SECONDS without a client. The same request with the same key 
 Its events have an `id:` line; `Last-Event-ID` skips those that the client has."""
 
 
-class Schema(GenerateJsonSchema):
-    """pydantic's schemas without titles, which only repeat the names."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
 def ref(kind: str, name: str) -> Object:
     return {"$ref": f"#/components/{kind}/{name}"}
 
@@ -167,12 +155,13 @@ def schemas() -> Object:
     mode: JsonSchemaMode = "serialization"
     _, definitions = models_json_schema(
         [(ChatRequest, "validation"), *((model, mode) for model in WRITTEN)],
-        schema_generator=Schema,
         ref_template="#/components/schemas/{model}",
     )
     result: Object = definitions["$defs"]
     for name, schema in result.items():
-        schema.pop("title")
+        # Titles only repeat the names.
+        for each in (schema, *schema["properties"].values()):
+            each.pop("title", None)
         schema["description"] = " ".join(schema["description"].split())
         if name != "ChatRequest":
             # The service also writes fields that have their default.
@@ -227,7 +216,7 @@ def no_content(description: str) -> Object:
 
 def error_response(codes: set[Code], *names: str) -> Object:
     """The response of one status, which may have any of these codes."""
-    own = [header for code, header in ERROR_HEADERS.items() if code in codes]
+    own = ["WWW-Authenticate"] if "invalid_api_key" in codes else []
     retry = ["Retry-After"] if any(KINDS[code].retryable for code in codes) else []
     text = "; ".join(f"`{code}`: {MEANINGS[code]}" for code in sorted(codes))
     return response(text, JSON, ref("schemas", "ErrorBody"), *names, *own, *retry)
@@ -330,11 +319,6 @@ def document() -> Object:
             "schemas": schemas(),
             "headers": HEADERS,
             "parameters": {"X-Request-ID": REQUEST_ID},
-            # For all other paths and methods.
-            "responses": {
-                "NotFound": error_response({"not_found"}),
-                "MethodNotAllowed": error_response({"method_not_allowed"}),
-            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
