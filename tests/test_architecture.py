@@ -38,10 +38,12 @@ IMPORTS = {
     },
     "redis_state": {"errors", "ratelimit", "sessions", "settings"},
     "check": {"errors", "providers", "settings"},
+    "resumable": {"chat", "errors", "providers", "server", "settings", "stream"},
     "service": set(MODULES) - {"service"},
 }
 # Modules that are imported only if a setting needs them, and their limits in lines of code.
-OPTIONAL = {"redis_state": 350, "check": 120}
+# resumable is imported always, but only requests with an Idempotency-Key use it.
+OPTIONAL = {"redis_state": 350, "check": 120, "resumable": 250}
 MAX_DEFAULT_LINES = 2150
 MAX_MODULE_LINES = 320
 MAX_FUNCTION_LINES = 50
