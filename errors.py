@@ -16,7 +16,7 @@ Code = Literal[
     "request_timeout", "session_busy", "body_too_large", "unsupported_media_type",
     "invalid_request", "context_too_long", "content_refused", "rate_limited", "too_many_streams",
     "upstream_error", "upstream_incomplete", "upstream_unavailable", "upstream_timeout",
-    "internal_error", "overloaded", "shutting_down", "state_unavailable",
+    "internal_error", "overloaded", "shutting_down", "state_unavailable", "idempotency_key_reused",
 ]
 # fmt: on
 
@@ -42,6 +42,7 @@ KINDS: dict[Code, ErrorKind] = {
     "body_too_large": ErrorKind(413, False, "caller"),
     "unsupported_media_type": ErrorKind(415, False, "caller"),
     "invalid_request": ErrorKind(422, False, "caller"),
+    "idempotency_key_reused": ErrorKind(422, False, "caller"),
     "context_too_long": ErrorKind(422, False, "caller"),
     "content_refused": ErrorKind(422, False, "caller"),
     "rate_limited": ErrorKind(429, True, "caller"),

@@ -136,6 +136,7 @@ class OpenAIProvider(LLMProvider):
             {
                 "Host": self._url.netloc.decode(),
                 "Content-Type": "application/json",
+                "User-Agent": "chat-sidecar",
                 "Accept": "text/event-stream",
                 # Unpacking could turn 50 KB into 50 MB.
                 "Accept-Encoding": "identity",
@@ -494,7 +495,8 @@ async def complete(
         try:
             seconds = (deadline - now()) / (targets_left + 1)
             completion = await _stream_within(seconds, target, messages, call, sink)
-            return replace(completion, history_trimmed=call.dropped_turns > 0)
+            trimmed = call.dropped_turns > 0
+            return replace(completion, history_trimmed=True) if trimmed else completion
         except ServiceError as error:
             attempt.error, attempt.cause, attempt.reason = error.code, error.cause, error.reason
             if sink.started:

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import anyio
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -28,10 +29,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import telemetry
-from chat import parse_request
+from chat import ChatRequest, parse_request
 from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
 from provider_errors import operator_hint
-from providers import Call, Completion, LLMProvider, Message, Router, complete, create_providers
+from providers import (
+    Call,
+    Completion,
+    LLMProvider,
+    Message,
+    Router,
+    Target,
+    complete,
+    create_providers,
+)
 from ratelimit import (
     Caller,
     MemoryRateLimiter,
@@ -41,6 +51,7 @@ from ratelimit import (
     authenticate,
     failed_key_caller,
 )
+from resumable import Generation, Reader, ResumableStreams, SessionKey
 from server import (
     CONNECTION,
     MAX_DROPPED_BYTES,
@@ -51,13 +62,19 @@ from server import (
     probe,
     raise_descriptor_limit,
 )
-from sessions import ISSUED_ID, SessionStore, SQLiteStore, Turn
+from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners
 from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
-from stream import CompletionResponse, End, EventStream
+from stream import STREAM_HEADERS, CompletionResponse, End, EventStream, Stopped
 
 VERSION = "0.1.0"
-EXPOSED_HEADERS = ("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After")
-ALLOWED_HEADERS = ("Authorization", "Content-Type", "X-Request-ID", "traceparent")
+EXPOSED_HEADERS = (
+    *("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After"),
+    "Idempotent-Replayed",
+)
+ALLOWED_HEADERS = (
+    *("Authorization", "Content-Type", "X-Request-ID", "traceparent"),
+    *("Idempotency-Key", "Last-Event-ID"),
+)
 STATIC = Path(__file__).with_name("static")
 # Only the playground's own files may run or load, so nothing in a model's response can. Trusted
 # Types forbid its own script to create HTML from text (CSP 3 and Trusted Types, W3C).
@@ -96,6 +113,9 @@ class Service:
     store: SessionStore
     metrics: telemetry.Metrics
     log: logging.Logger
+    resumable: ResumableStreams
+    # The streams that are running, with or without an Idempotency-Key.
+    _running: dict[SessionKey, EventStream] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
     _hinted_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -103,50 +123,94 @@ class Service:
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer POST /api/v1/chat. The order of the checks is part of the API."""
-        self.drain.check()
         request = Request(scope, receive)
-        record: telemetry.RequestRecord = request.state.record
+        if self.settings.resume_seconds and "idempotency-key" in request.headers:
+            await self._chat_resumably(request, send)
+            return
+        self.drain.check()
         caller = await self._admit(request)
         with ExitStack() as held:
             held.enter_context(self.streams.acquire(caller))
-            body = await self._read_body(request)
-            chat = parse_request(body, self.settings.max_message_chars)
-            targets = self.router.resolve(chat.model_id)
-            record.fields["requested_model"] = targets[0].name
-            if chat.replace_last_turn and chat.session_id is None:
-                problem = "needs the session_id of the turn to replace"
-                raise invalid_request(FieldProblem(field="replace_last_turn", message=problem))
-            if chat.session_id is not None:
-                self._reject_shared_session_id(request, caller, chat.session_id)
+            chat, targets = await self._read_chat(request, caller)
             session = await self.store.open(caller.owner, chat.session_id)
-            record.fields["session"] = telemetry.short_hash(session.id)
             # From here on the stream frees slot and session, however it ends.
             slot = held.pop_all()
+        record: telemetry.RequestRecord = request.state.record
+        stream, call = self._create_stream(record, chat, targets, session, slot, self.settings)
+        await self._run_stream(stream, call, record, scope, receive, send)
+
+    async def _read_chat(
+        self, request: Request, caller: Caller
+    ) -> tuple[ChatRequest, Sequence[Target]]:
+        """Return the request in the body, and the models that may complete it."""
+        body = await self._read_body(request)
+        chat = parse_request(body, self.settings.max_message_chars)
+        targets = self.router.resolve(chat.model_id)
+        request.state.record.fields["requested_model"] = targets[0].name
+        if chat.replace_last_turn and chat.session_id is None:
+            problem = "needs the session_id of the turn to replace"
+            raise invalid_request(FieldProblem(field="replace_last_turn", message=problem))
+        if chat.session_id is not None:
+            self._reject_shared_session_id(request, caller, chat.session_id)
+        return chat, targets
+
+    def _create_stream(
+        self,
+        record: telemetry.RequestRecord,
+        chat: ChatRequest,
+        targets: Sequence[Target],
+        session: Session,
+        slot: ExitStack,
+        settings: Settings,
+    ) -> tuple[EventStream, Call]:
+        """Return the stream of a turn in an open session. It frees slot and session."""
+        record.fields["session"] = telemetry.short_hash(session.id)
+        message_at, running = time.time(), (session.owner, session.id)
         history = session.turns[:-1] if chat.replace_last_turn else session.turns
         call = Call(record.request_id, record.traceparent)
-        message_at = time.time()
 
         async def on_finish(text: str, end: End) -> None:
             complete = isinstance(end, Completion)
+            # Providers reject conversations with a blank message.
             turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
-            if chat.replace_last_turn and not complete:
+            if chat.replace_last_turn and not (complete or isinstance(end, Stopped)):
                 # The turn that was to be replaced stays.
                 turn = None
             kept = session._replace(turns=history[call.dropped_turns :]) if turn else session
-            with slot:
-                await self.store.end(kept, turn)
+            try:
+                with slot:
+                    await self.store.end(kept, turn)
+            finally:
+                # The next stream of this session may have begun.
+                if self._running.get(running) is stream:
+                    del self._running[running]
 
         messages = self._messages(history, chat.message)
-        run = partial(complete, targets, messages, call, settings=self.settings)
-        response = EventStream if chat.stream else CompletionResponse
+        run = partial(complete, targets, messages, call, settings=settings)
+        # A generation retains events, whatever its readers send.
+        whole = not chat.stream and settings is self.settings
+        response = CompletionResponse if whole else EventStream
         stream = response(
             run,
             on_finish,
             record.request_id,
             session.id,
-            self.settings,
+            settings,
             include_reasoning=chat.include_reasoning,
         )
+        self._running[running] = stream
+        return stream, call
+
+    async def _run_stream(
+        self,
+        stream: EventStream,
+        call: Call,
+        record: telemetry.RequestRecord,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Run a stream, then report it."""
         try:
             with self.drain.track(stream.abort):
                 await stream(scope, receive, send)
@@ -158,13 +222,112 @@ class Service:
 
     def _log_hints(self, attempts: Sequence[telemetry.Attempt]) -> None:
         """Log what the operator should look at, at most once a minute per provider and cause."""
-        urls = {each.name: str(each.base_url) for each in self.settings.providers}
-        for attempt in attempts:
+        for attempt in filter(lambda attempt: attempt.error, attempts):
             name = attempt.model.partition("/")[0]
-            hint = operator_hint(attempt, urls.get(name, "")) if attempt.error else None
+            urls = [str(each.base_url) for each in self.settings.providers if each.name == name]
+            hint = operator_hint(attempt, *urls) if urls else None
             if hint is not None and time.monotonic() >= self._hinted_until.get((name, hint[0]), 0):
                 self._hinted_until[name, hint[0]] = time.monotonic() + HINT_SECONDS
                 self.log.warning(hint[1])
+
+    # Resumable streams
+
+    async def _chat_resumably(self, request: Request, send: Send) -> None:
+        """Answer a request with an Idempotency-Key: attach to its stream, or start it."""
+        caller = await self._admit(request)
+        chat, targets = await self._read_chat(request, caller)
+        key, event_id = request.headers["idempotency-key"], _last_event_id(request)
+        # A model that is named is the same as the default model.
+        hashed = chat.model_copy(update={"model_id": targets[0].name})
+        reader = self.resumable.attach(caller.owner, key, hashed, event_id)
+        if reader is None:
+            self.drain.check()
+            with ExitStack() as held:
+                held.enter_context(self.streams.acquire(caller))
+                slot = held.pop_all()
+            original: telemetry.RequestRecord = request.state.record
+            record = replace(original, headers={}, fields=dict(original.fields), wait_seconds=0.0)
+            host = request.client.host if request.client else ""
+            record.fields.setdefault("caller", telemetry.short_address(host))
+            # Until here nothing has waited since `attach`, so no other request has taken the key.
+            generation = self.resumable.start(caller.owner, key, hashed, record.request_id)
+            self.resumable.run(self._generate(generation, record, caller, chat, targets, slot))
+            reader = self.resumable.read(generation, "", whole=not chat.stream)
+        await self._read_stream(reader, request, send)
+
+    async def _generate(
+        self,
+        generation: Generation,
+        record: telemetry.RequestRecord,
+        caller: Caller,
+        chat: ChatRequest,
+        targets: Sequence[Target],
+        slot: ExitStack,
+    ) -> None:
+        """Run a generation and log it."""
+        error = None
+        try:
+            with ExitStack() as held:
+                held.push(slot)
+                session = await self.store.open(caller.owner, chat.session_id)
+                held.pop_all()
+            settings = self.resumable.stream_settings
+            stream, call = self._create_stream(record, chat, targets, session, slot, settings)
+            generation.stream = stream
+            generation.open((session.owner, session.id))
+            scope = {"extensions": {CONNECTION: generation}}
+            try:
+                await self._run_stream(
+                    stream, call, record, scope, _receive_nothing, generation.send
+                )
+            finally:
+                telemetry.log_stream(self.log, record, time.monotonic() - record.started)
+        except Exception as exception:
+            error = to_service_error(exception)
+        finally:
+            generation.finish(error)
+
+    async def _read_stream(self, reader: Reader, request: Request, send: Send) -> None:
+        """Send the events of a generation to a client."""
+        record: telemetry.RequestRecord = request.state.record
+        began = time.monotonic()
+        if reader.generation.request_id != record.request_id:
+            record.fields["original_request_id"] = reader.generation.request_id
+        try:
+            await reader(request.scope, request.receive, send)
+        finally:
+            record.outcome = reader.outcome
+            record.wait_seconds += time.monotonic() - began
+            if session_id := reader.generation.session[1]:
+                record.fields["session"] = telemetry.short_hash(session_id)
+
+    async def stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer GET (resume) and DELETE (stop) of /api/v1/sessions/{session_id}/stream."""
+        request = Request(scope, receive)
+        stopping = request.method == "DELETE"
+        # A user must be able to stop what costs money.
+        caller = await self._admit(request, limited=not stopping)
+        session_id: str = request.path_params["session_id"]
+        request.state.record.fields["session"] = telemetry.short_hash(session_id)
+        self._reject_shared_session_id(request, caller, session_id)
+        sessions = [(owner, session_id) for owner in allowed_owners(caller.owner, session_id)]
+        running = next(filter(None, map(self._running.get, sessions)), None)
+        generation = self.resumable.latest(sessions)
+        if running is None and generation is None:
+            # A session is not stored before its first response has ended.
+            await self.store.read(caller.owner, session_id)
+        response = Response(status_code=204, headers={"Cache-Control": "no-store"})
+        if stopping:
+            if running is not None:
+                await running.stop()
+        elif generation is not None and not generation.is_terminal(_last_event_id(request)):
+            if request.method == "GET":
+                reader = self.resumable.read(generation, _last_event_id(request))
+                await self._read_stream(reader, request, send)
+                return
+            response = Response(status_code=200)
+            response.raw_headers = list(STREAM_HEADERS)
+        await response(scope, receive, send)
 
     async def _read_body(self, request: Request) -> bytes:
         """Return the request's body.
@@ -213,10 +376,11 @@ class Service:
 
     # Who sends a request, and whether it may
 
-    async def _admit(self, request: Request) -> Caller:
-        """Return the caller and take a token from its bucket.
+    async def _admit(self, request: Request, *, limited: bool = True) -> Caller:
+        """Return the caller and, unless `limited` is false, take a token from its bucket.
 
-        Raise rate_limited or invalid_api_key. The response gets the RateLimit headers.
+        Raise rate_limited or invalid_api_key. The response gets the RateLimit headers. An unknown
+        key takes a token in any case.
         """
         record: telemetry.RequestRecord = request.state.record
         self._warn_about_hidden_clients(request)
@@ -226,7 +390,9 @@ class Service:
         host = request.client.host if request.client else None
         caller = key or anonymous_caller(host)
         record.fields |= {"caller": key.name} if key else {}
-        await self._take_token(failed_key_caller(host) if bearer and not key else caller, record)
+        if limited or (bearer and key is None):
+            limited_caller = failed_key_caller(host) if bearer and key is None else caller
+            await self._take_token(limited_caller, record)
         if bearer and key is None:
             raise ServiceError("invalid_api_key", "This API key is unknown. Check the key.")
         if key is None and not self.settings.allow_anonymous:
@@ -290,6 +456,8 @@ class Service:
         self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
+            owners = allowed_owners(caller.owner, session_id)
+            self.resumable.drop_session((owner, session_id) for owner in owners)
             return Response(status_code=204)
         session = await self.store.read(caller.owner, session_id)
         messages = [
@@ -311,6 +479,14 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _last_event_id(request: Request) -> str:
+    return request.headers.get("last-event-id", "")
+
+
+async def _receive_nothing() -> NoReturn:
+    raise AssertionError("a stream does not receive")
 
 
 @dataclass(frozen=True)
@@ -443,12 +619,18 @@ def create_app(
     limiters, store = create_state(settings, log, metrics.sessions_evicted.inc)
     streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics.active_streams.set_function(lambda: streams.active)
-    service = Service(settings, router, limiters, streams, drain, store, metrics, log)
+    resumable = ResumableStreams(settings)
+    service = Service(settings, router, limiters, streams, drain, store, metrics, log, resumable)
     models = {"default": router.default_model, "models": router.models}
     routes = [
         Route("/api/v1/chat", ASGIEndpoint(service.chat), methods=["POST"]),
         Route("/api/v1/models", JSONResponse(models), methods=["GET"]),
         Route("/api/v1/sessions/{session_id}", service.session, methods=["GET", "DELETE"]),
+        Route(
+            "/api/v1/sessions/{session_id}/stream",
+            ASGIEndpoint(service.stream),
+            methods=["GET", "DELETE"],
+        ),
         Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
         Route("/readyz", service.readyz),
         static_route("/openapi.json", "openapi.json", "application/json"),
@@ -467,6 +649,7 @@ def create_app(
         async with aclosing(store), anyio.create_task_group() as tasks:
             tasks.start_soon(sweep_periodically, store)
             yield
+            await resumable.aclose()
             tasks.cancel_scope.cancel()
         for provider in providers.values():
             await provider.aclose()

@@ -25,7 +25,10 @@ from errors import ServiceError
 # `s_` and 256 random bits. It cannot be guessed, so it serves as a credential.
 ISSUED_ID = re.compile("s_[A-Za-z0-9_-]{43}")
 ANYONE = "anyone"
-BUSY = "Another response is running in this session. Wait until it ends, or close its stream."
+BUSY = (
+    "Another response is running in this session. Wait until it ends, or resume or stop it: GET or"
+    " DELETE /api/v1/sessions/{session_id}/stream."
+)
 LOST = "The turn was not saved: its session was deleted or replaced while the response was running."
 NOT_FOUND = "This session does not exist, has expired, or belongs to another caller."
 UNAVAILABLE = (
@@ -191,6 +194,8 @@ class SQLiteStore(SessionStore):
         self._thread = None if path == ":memory:" else ThreadPoolExecutor(1, "sessions")
 
     async def open(self, owner: str, session_id: str | None) -> Session:
+        if session_id is None and self._db.is_far_from_full():
+            return new_session(pseudonym(owner), self._clock(), self._ttl)
         # Even a cancelled caller gets the session, because it has to unlock it.
         return await self._run(lambda: self._open(owner, session_id), shield=True)
 

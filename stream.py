@@ -8,15 +8,17 @@ exactly one terminal event is sent. Nothing here knows callers, limits or sessio
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Literal
 
 import anyio
+from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from chat import CompletionBody, DoneEvent, ErrorEvent
+from chat import CompletionBody, DoneEvent, ErrorEvent, StoppedEvent
 from errors import ServiceError, to_service_error
 from openai_stream import Chunks, Reasoning
 from providers import Completion, Sink
@@ -25,6 +27,7 @@ from settings import Settings
 from telemetry import StreamReport
 
 NOT_STORED = "The response is complete, but it could not be saved to the session."
+NOT_STOPPED = "The stream is stopped, but its turn may not be saved yet. Retry in 1 s."
 # Ten times the longest response of today's models, as text and with the framing of its events.
 MAX_TEXT_BYTES = 2**22
 MAX_SENT_BYTES = 2**24
@@ -39,8 +42,15 @@ HEARTBEAT = b": keep-alive\n\n"
 FINISH_SECONDS = 5.0
 
 Disconnect = Literal["client_disconnected", "client_stalled"]
-# How a stream ends: completed, failed, or without its client.
-End = Completion | ServiceError | Disconnect
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The end of a stream that its caller stopped."""
+
+
+# How a stream ends: completed, failed, stopped, or without its client.
+End = Completion | ServiceError | Stopped | Disconnect
 # A time on the event loop's clock, and what to do then.
 Deadline = tuple[float, Callable[[], None]]
 
@@ -60,11 +70,11 @@ class ClientStream(ABC):
     loop: no task wakes for them. A single timer checks all deadlines.
     """
 
-    def __init__(self, session_id: str, settings: Settings) -> None:
-        self._session_header = (b"x-session-id", session_id.encode())
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._headers = list(STREAM_HEADERS)
         self._state = State.WAITING
-        self._end: End | None = None
+        self.end: End | None = None
         self._disconnect: Disconnect | None = None
         self._held: list[bytes] = []
         self._opening: asyncio.Task[None] | None = None
@@ -88,31 +98,38 @@ class ClientStream(ABC):
         # A cancel scope would do, but takes ten times as long.
         self._task = asyncio.current_task()
         try:
-            if self._end is None:
+            if self.end is None:
                 await self._relay()
         except asyncio.CancelledError:
             # `abort` has cancelled this task. Any other cancellation goes on.
-            if self._task is None or self._end is None or self._task.uncancel() > 0:
+            if self._task is None or self.end is None or self._task.uncancel() > 0:
                 raise
         finally:
             self._timer.cancel()
-            self._end = await self._finish(self._end)
+            self.end = await self._finish(self.end)
             if self._disconnect is None:
-                await self._send_end(self._end)
+                await self._send_end(self.end)
             self._connection.on_disconnect = self._connection.on_resume = _ignore
-        if isinstance(self._end, ServiceError) and self._state is State.WAITING:
-            raise self._end
+        if isinstance(self.end, ServiceError) and self._state is State.WAITING:
+            raise self.end
         if self._disconnect == "client_stalled":
             self._connection.abort()
 
-    def abort(self, end: ServiceError | Disconnect) -> None:
+    def abort(self, end: ServiceError | Stopped | Disconnect) -> None:
         """End the stream now. Only the first end counts, but a disconnect is always noted."""
         if isinstance(end, str):
             self._disconnect = self._disconnect or end
-        if self._end is None:
-            self._end = end
+        if self.end is None:
+            self.end = end
             if self._task is not None:
                 self._task.cancel()
+
+    @property
+    def outcome(self) -> str:
+        """How the stream ended for this client, as the log calls it."""
+        if isinstance(self.end, ServiceError):
+            return self._disconnect or self.end.code
+        return self._disconnect or ("stopped" if isinstance(self.end, Stopped) else "done")
 
     @abstractmethod
     async def _relay(self) -> None:
@@ -123,7 +140,7 @@ class ClientStream(ABC):
         """Do what has to be done before the client is sent the end; return that end."""
 
     @abstractmethod
-    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
+    def _terminal_event(self, end: Completion | ServiceError | Stopped) -> bytes:
         """Return the last event."""
 
     @abstractmethod
@@ -142,14 +159,16 @@ class ClientStream(ABC):
             self._connection.write(events)
             return
         self._held.append(events)
+        self._start_opening()
+
+    def _start_opening(self) -> None:
         if self._state is State.WAITING:
             self._state = State.OPENING
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
         """Send the status line through ASGI, so that middleware sees it, then what was held."""
-        headers = [*STREAM_HEADERS, self._session_header]
-        start = {"type": "http.response.start", "status": 200, "headers": headers}
+        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
         await self._send(start)
         self._state = State.OPEN
         if self._held:
@@ -174,7 +193,7 @@ class ClientStream(ABC):
 
     def _check_deadlines(self) -> None:
         """Act on the deadline that has passed, if any, and check again when the next may."""
-        if self._end is not None:
+        if self.end is not None:
             return
         now, limits = self._now(), self._settings
         deadlines = self._deadlines()
@@ -226,6 +245,16 @@ class ClientStream(ABC):
         elif self._opening is not None:
             await self._opening
 
+    async def _send_json(self, body: bytes) -> None:
+        """Send a whole response instead of events."""
+        headers = [*self._headers, (b"content-length", b"%d" % len(body))]
+        headers[0] = (b"content-type", b"application/json")
+        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send_last(body)
+        if writing.cancelled_caught:
+            self.abort("client_stalled")
+
     async def _send_last(self, body: bytes) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -250,7 +279,8 @@ class EventStream(ClientStream, Sink):
         *,
         include_reasoning: bool = False,
     ) -> None:
-        super().__init__(session_id, settings)
+        super().__init__(settings)
+        self._headers.append((b"x-session-id", session_id.encode()))
         self.report = StreamReport()
         self.started = False
         self.on_start: Callable[[], None] = _ignore
@@ -265,10 +295,23 @@ class EventStream(ClientStream, Sink):
         self._chunks: list[str] = []
         self._reasoning: list[str] = []
         self._sent_bytes = self._text_bytes = 0
+        self._finished = asyncio.Event()
         # Since when the provider has been silent.
         self._waiting_since = 0.0
         self._resume_provider: Callable[[], None] | None = None
         self._finish_provider: Callable[[], bool] | None = None
+
+    async def stop(self) -> None:
+        """Stop the stream. Return when its turn is stored and its session is free.
+
+        Raise state_unavailable if that takes too long or fails.
+        """
+        self.abort(Stopped())
+        with anyio.move_on_after(FINISH_SECONDS):
+            await self._finished.wait()
+            if not isinstance(self.end, ServiceError) or self.end.code != "state_unavailable":
+                return
+        raise ServiceError("state_unavailable", NOT_STOPPED, retry_after=1)
 
     # The sink
 
@@ -341,9 +384,9 @@ class EventStream(ClientStream, Sink):
         try:
             completion = await self._run(self)
         except Exception as error:
-            self._end = self._end or to_service_error(error)
+            self.end = self.end or to_service_error(error)
         else:
-            self._end = self._end or completion
+            self.end = self.end or completion
 
     def _deadlines(self) -> list[Deadline]:
         """Return the deadlines of the provider.
@@ -393,24 +436,43 @@ class EventStream(ClientStream, Sink):
             end = to_service_error(error)
         if storing.cancelled_caught:
             end = ServiceError("state_unavailable", NOT_STORED)
+        self.end = end
+        self._finished.set()
         return end
 
-    def _terminal_event(self, end: Completion | ServiceError) -> bytes:
+    def _terminal_event(self, end: Completion | ServiceError | Stopped) -> bytes:
         if isinstance(end, Completion):
-            event: DoneEvent | ErrorEvent = DoneEvent(**self._ids, **vars(end))
-        else:
-            event = ErrorEvent(**self._ids, error=end.detail())
-        return escape_line_separators(b"data: " + to_json(event) + b"\n\n")
+            return encode_event(DoneEvent(**self._ids, **vars(end)))
+        if isinstance(end, Stopped):
+            return encode_event(StoppedEvent(**self._ids))
+        return encode_event(ErrorEvent(**self._ids, error=end.detail()))
+
+    def encode_body(self) -> bytes:
+        """Return the response as one JSON object, after the stream has ended."""
+        end = self.end if isinstance(self.end, Completion) else Completion(None, None, None)
+        body = CompletionBody(
+            status="done" if end is self.end else "stopped",
+            **self._ids,
+            **vars(end),
+            content="".join(self._chunks),
+            reasoning="".join(self._reasoning) if self._include_reasoning else None,
+        )
+        return to_json(body)
 
     def fill_report(self) -> StreamReport:
         """Return the report, after the stream has ended."""
-        report, end = self.report, self._end
+        report, end = self.report, self.end
         if isinstance(end, Completion):
             report.model, report.finish_reason = end.model, end.finish_reason
             report.usage, report.history_trimmed = end.usage, end.history_trimmed
         report.error = end if isinstance(end, ServiceError) else None
-        report.outcome = self._disconnect or (report.error.code if report.error else "done")
+        report.outcome = self.outcome
         return report
+
+
+def encode_event(event: BaseModel) -> bytes:
+    """Return an event as one `data:` line and a blank line."""
+    return escape_line_separators(b"data: " + to_json(event) + b"\n\n")
 
 
 class CompletionResponse(EventStream):
@@ -421,26 +483,8 @@ class CompletionResponse(EventStream):
 
     async def _send_end(self, end: End) -> None:
         """Send the whole response. An error is raised and gets an HTTP status of its own."""
-        if not isinstance(end, Completion):
-            return
-        body = CompletionBody(
-            **self._ids,
-            **vars(end),
-            content="".join(self._chunks),
-            reasoning="".join(self._reasoning) if self._include_reasoning else None,
-        )
-        data = to_json(body)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"cache-control", b"no-store"),
-            (b"content-length", b"%d" % len(data)),
-            self._session_header,
-        ]
-        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send({"type": "http.response.body", "body": data})
-        if writing.cancelled_caught:
-            self.abort("client_stalled")
+        if isinstance(end, Completion | Stopped):
+            await self._send_json(self.encode_body())
 
 
 def escape_line_separators(events: bytes) -> bytes:

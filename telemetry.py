@@ -55,7 +55,7 @@ class RequestRecord:
     # Headers to add to the response.
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
-    # `done`, `client_disconnected`, `client_stalled`, or an error code.
+    # `done`, `stopped`, `client_disconnected`, `client_stalled`, or an error code.
     outcome: str | None = None
     # The exception behind an internal_error, logged with its traceback.
     exception: BaseException | None = None
@@ -270,13 +270,31 @@ class RequestContext:
             **record.fields,
             "request_id": record.request_id,
         }
-        if record.traceparent:
-            fields["trace_id"] = record.traceparent[3:35]
         # Successful probes and scrapes come every second.
         quiet = logging.DEBUG if outcome == "done" and route in PROBES else logging.INFO
-        level = logging.WARNING if FAILURES.fullmatch(outcome) else quiet
-        level = logging.ERROR if record.exception else level
-        self.log.log(level, "request", extra={"fields": fields}, exc_info=record.exception)
+        _log_record(self.log, "request", record, fields, quiet)
+
+
+def log_stream(log: logging.Logger, record: RequestRecord, seconds: float) -> None:
+    """Log the end of a resumable stream. Its readers' requests have lines of their own."""
+    fields = {
+        "outcome": record.outcome,
+        "duration_ms": _ms(seconds),
+        **record.fields,
+        "request_id": record.request_id,
+    }
+    _log_record(log, "stream", record, fields, logging.INFO)
+
+
+def _log_record(
+    log: logging.Logger, event: str, record: RequestRecord, fields: dict[str, Any], quiet: int
+) -> None:
+    """Log a line, at level `quiet` unless it is a failure."""
+    if record.traceparent:
+        fields["trace_id"] = record.traceparent[3:35]
+    level = logging.WARNING if FAILURES.fullmatch(fields["outcome"]) else quiet
+    level = logging.ERROR if record.exception else level
+    log.log(level, event, extra={"fields": fields}, exc_info=record.exception)
 
 
 @lru_cache(maxsize=1024)
@@ -334,7 +352,9 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = log_fields(record)
-        text = _request_text(fields) if fields["event"] == "request" else fields["event"]
+        text = fields["event"]
+        if text in ("request", "stream"):
+            text = _request_text(fields)
         level = "" if record.levelno == logging.INFO else f"{fields['level']}: "
         line = f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
         line = re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], line)
@@ -342,8 +362,12 @@ class TextFormatter(logging.Formatter):
 
 
 def _request_text(fields: dict[str, Any]) -> str:
-    """Return the request's log line for a terminal: what happened, how fast, with which model."""
-    words = [fields[name] for name in ("method", "route", "status", "outcome")]
+    """Return the log line of a request or a stream for a terminal.
+
+    It contains what happened, how fast, and with which model.
+    """
+    words = [fields.get("method", "stream"), fields.get("route"), fields.get("status")]
+    words.append(fields["outcome"])
     words.append(f"{fields['duration_ms']:.0f} ms")
     words.append(fields.get("model") or fields.get("requested_model"))
     if "ttft_ms" in fields:

@@ -1,10 +1,9 @@
 /**
  * Renders Markdown while it streams in.
  *
- * `MarkdownView` reads each line once. A finished block does not change any more. The open
- * paragraph is parsed anew at each `draw()`, but its length is limited. So the time is
- * proportional to the length of the text, whatever the text contains. Elements and text nodes are
- * created directly: HTML in the text stays text.
+ * `MarkdownView` reads each line once, and finished blocks do not change. Only the open paragraph
+ * is parsed again at each `draw()`, and its length is limited. So the time is proportional to the
+ * length of the text. HTML in the text stays text.
  */
 
 import { copyButton, make, visible } from "./dom.js";
@@ -24,7 +23,7 @@ const AMBIGUOUS_IN_CODE = /^[\s`~]*$/;
 // browser's stack.
 const MAX_DEPTH = 8;
 const MAX_OPEN = 16;
-// Longer paragraphs are split: it is the text that each draw() parses again.
+// Longer paragraphs are parsed in parts: a part is the text that each draw() parses again.
 const MAX_PARAGRAPH = 10_000;
 // Empty cells a table may get. Otherwise, below a header of a thousand columns, each letter would
 // become a thousand cells.
@@ -33,25 +32,28 @@ const MAX_EMPTY_CELLS = 2000;
 class Paragraph {
   constructor(name = "p") {
     this.element = make(name);
+    this.isHeading = name !== "p";
+    // The element of the text that is not finished, and that text.
+    this.part = this.element;
     this.text = "";
     this.drawn = "";
   }
 
-  get room() {
-    return MAX_PARAGRAPH - this.text.length;
-  }
-
-  /** Return the last word after removing it from a full paragraph. */
-  removeLastWord() {
-    const end = this.text.lastIndexOf(" ");
-    const word = end < MAX_PARAGRAPH / 2 ? "" : this.text.slice(end + 1);
-    this.text = this.text.slice(0, this.text.length - word.length);
-    return word;
-  }
-
   draw() {
-    if (this.text !== this.drawn) replaceEnd(this.element, inline(this.text));
+    while (this.text.length > MAX_PARAGRAPH) this.split();
+    if (this.text !== this.drawn) replaceEnd(this.part, inline(this.text));
     this.drawn = this.text;
+  }
+
+  split() {
+    const end = this.text.lastIndexOf(" ", MAX_PARAGRAPH - 1) + 1 || MAX_PARAGRAPH;
+    const finished = make("span", {}, inline(this.text.slice(0, end)));
+    const rest = make("span");
+    if (this.part === this.element) this.part.replaceChildren(finished, rest);
+    else this.part.replaceWith(finished, rest);
+    this.part = rest;
+    this.drawn = "";
+    this.text = this.text.slice(end);
   }
 }
 
@@ -61,7 +63,6 @@ class CodeBlock {
     // Text is only ever appended, so that selections and scroll positions stay.
     this.text = "";
     this.node = document.createTextNode("");
-    this.room = Infinity;
     const language = info.trim().split(" ")[0] || "code";
     const code = make("code", {}, this.node);
     const caption = make("figcaption", {}, language, copyButton("Copy the code", { node: code }));
@@ -86,6 +87,7 @@ class CodeBlock {
 /** A table as on GitHub: the header decides how many cells a row has. Rows are added whole. */
 class Table {
   constructor(header, columns) {
+    this.text = header;
     this.aligns = columns.map((mark) =>
       (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : mark[0] === ":" && "left"));
     this.emptyCells = 0;
@@ -140,8 +142,7 @@ export class MarkdownView {
   /** Show the text so far, including the unfinished line if its block is known. */
   draw() {
     if (!this.#started && !this.#isAmbiguous()) this.#startLine();
-    this.#block?.draw();
-    this.#setDirection();
+    this.#drawBlock();
   }
 
   /** Show everything. */
@@ -158,23 +159,13 @@ export class MarkdownView {
   }
 
   #extendLine(text) {
-    for (;;) {
-      const inBlock = this.#started;
-      const room = inBlock ? this.#block.room : MAX_PARAGRAPH - this.#line.length;
-      const part = text.slice(0, splitPoint(text, room));
-      if (inBlock) this.#block.text += part;
-      else this.#line += part;
-      text = text.slice(part.length);
-      if (!text) return;
-      if (inBlock) text = this.#block.removeLastWord() + text;
-      else this.#startLine();
-      if (inBlock || !this.#block || this.#block instanceof Table) this.#open(new Paragraph());
-    }
+    if (this.#started) this.#block.text += text;
+    else this.#line += text;
   }
 
   #endLine() {
     if (!this.#started) this.#startLine();
-    if (/^h\d/.test(this.#block?.element.localName)) this.#close();
+    if (this.#block?.isHeading) this.#close();
     this.#line = "";
     this.#started = false;
   }
@@ -252,30 +243,35 @@ export class MarkdownView {
   /** If this is the second line of a table, make the last line of the paragraph its header. */
   #startTable(line) {
     if (!/^[\s|:-]+$/.test(line) || !/[|:]/.test(line)) return false;
-    const { text, element } = this.#block;
+    // What remains of the paragraph must not depend on how often it was drawn.
+    this.#block.draw();
+    const { text, element, part } = this.#block;
     const start = text.lastIndexOf("\n") + 1;
     const header = text.slice(start), columns = cells(line);
     if (columns.length !== cells(header).length) return false;
     if (!columns.every((cell) => COLUMN.test(cell))) return false;
     this.#block.text = text.slice(0, Math.max(start - 1, 0));
     this.#open(new Table(header, columns));
-    if (!start) element.remove();
+    if (!start && part === element) element.remove();
     return true;
   }
 
   /** Finish the open block, and all containers but the outermost `depth`. */
   #close(depth = this.#containers.length) {
-    this.#block?.draw();
+    this.#drawBlock();
     this.#block = null;
     this.#containers.length = depth;
-    this.#setDirection();
   }
 
-  /** Give the newest block the direction of its first letter. With "auto" it would be recalculated
-   * at each change, in a time that grows with the block. */
+  #drawBlock() {
+    this.#block?.draw();
+    if (this.#block) this.#setDirection();
+  }
+
+  /** Give the newest block the direction of its first letter. "auto" costs time at each change. */
   #setDirection() {
     const newest = this.#root.lastElementChild;
-    if (newest?.dir !== "" || !/\p{L}/u.test(newest.textContent)) return;
+    if (newest.dir || !/\p{L}/u.test(this.#block.text)) return;
     newest.dir = "auto";
     newest.dir = newest.matches(":dir(rtl)") ? "rtl" : "ltr";
   }
@@ -296,14 +292,7 @@ function matchContainer(line) {
   return line.match(QUOTE) ?? (RULE.test(line) ? null : line.match(ITEM));
 }
 
-/** Return where to split the text, so that the first part is no longer than `length`. */
-function splitPoint(text, length) {
-  const code = text.length > length ? text.charCodeAt(length - 1) : 0;
-  // Not between the two halves of a character.
-  return Math.max(code >= 0xd800 && code < 0xdc00 ? length - 1 : length, 0);
-}
-
-/** Create an element that scrolls by itself. With the focus, the keyboard can scroll it. */
+/** Create an element with its own scroll bar. With the focus, the keyboard scrolls it. */
 function scrollable(name, ariaLabel, child) {
   return make(name, { tabIndex: 0, role: "group", ariaLabel }, child);
 }

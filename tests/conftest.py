@@ -81,6 +81,7 @@ class RunningService:
     url: str
     log: Log
     clients: list[Client] = field(default_factory=list)
+    drain: Drain = field(default_factory=Drain)
 
     async def connect(self, host: str | None = None) -> Client:
         """Open a connection, from loopback address `host` if given."""
@@ -130,7 +131,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     server.lifespan = server.config.lifespan_class(server.config)
     listeners = listen(settings)
     await server.startup(listeners)
-    running = RunningService(server.url, handler)
+    running = RunningService(server.url, handler, drain=drain)
     try:
         yield running
     finally:

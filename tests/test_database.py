@@ -24,7 +24,7 @@ from sessions import SessionStore
 from settings import SettingsError, from_env
 from tests.conftest import StartService, StartUpstream, create_log, openai_env, raises
 from tests.test_conversations import echo, echoed, read_messages, request_session
-from tests.test_kill import environment, running_process
+from tests.test_kill import ROOT, running_process
 from tests.test_sessions import (
     CALLER,
     OTHER_CALLER,
@@ -319,7 +319,12 @@ async def test_second_process_does_not_start_while_probe_check_and_backup_work(
         for arguments, status in (([], 2), (["--probe"], 0)):
             second = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "service", *arguments),
-                env={**environment(file, env), "PORT": port if arguments else "0"},
+                env={
+                    "PYTHONPATH": str(ROOT),
+                    "STATE_URL": f"sqlite:///{file}",
+                    "PORT": port if arguments else "0",
+                    **env,
+                },
                 cwd=file.parent,
                 stderr=subprocess.PIPE,
             )

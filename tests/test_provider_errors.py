@@ -371,7 +371,7 @@ REASONS: dict[str, tuple[int, object, str]] = {
 
 
 @pytest.mark.parametrize(("status", "body", "reason"), REASONS.values(), ids=REASONS)
-def test_reason_tells_the_operator_what_is_wrong(status: int, body: object, reason: str) -> None:
+def test_reason_names_the_cause_for_the_operator(status: int, body: object, reason: str) -> None:
     assert classify_error(status, body, model="m-2").reason == reason
 
 

@@ -1,39 +1,37 @@
-"""Runs a client against every ending that an answer can have, and says what it did wrong.
+"""Test a client of the service: run it against every outcome that a request can have.
 
-`python -m tools.rehearse COMMAND...`; `make rehearse CLIENT='node examples/ask.mjs'` runs it. The
-command is run once for each ending, with CHAT_URL, CHAT_MODEL and CHAT_MESSAGE in its environment.
-It has to print the text of the answer and nothing else to stdout, each chunk as it comes; to end
-with 0 if the answer was whole and with anything else if not; to name an error's code on stderr; to
-let go of the connection on SIGINT, and after CHAT_SILENCE_SECONDS without an event or a comment.
+`python -m tools.check_client COMMAND...`; `make test-client CLIENT='node examples/client.mjs'` runs
+it. The command runs once for each outcome, with CHAT_URL, CHAT_MODEL, CHAT_MESSAGE and
+CHAT_SILENCE_SECONDS in its environment. docs/clients.md lists what it has to do.
 """
 
 import asyncio
 import json
 import os
-import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import httpx
 
 ROOT = Path(__file__).parent.parent
-HEAD = "| model | what you get | what a good client does |\n|---|---|---|\n"
-MESSAGE = "Hello, is anybody there?"
-# A word is one chunk of the echo, and this one makes a line of more than 64 KiB, where some readers
-# of lines end. Linux takes no variable of 128 KiB.
-WORD = "long" * 25_000
-# The longest ending takes about 5 s, and curl up to 5 s more than it was told to see a silence; a
-# client that takes so long waits for something.
-PATIENCE_SECONDS = 20.0
-# By now an answer of mock/slow has begun and is not over.
-ACT_SECONDS = 2.0
-# Endings that take a minute elsewhere come soon, and errors without a retry before them.
+HEAD = "| model | response | what a good client does |\n|---|---|---|\n"
+MESSAGE = "Hello, how are you?"
+# The mock echoes a word in one chunk. This one is longer than the 64 KiB at which some line readers
+# stop, and shorter than the 128 KiB that Linux allows in an environment variable.
+LONG_WORD = "long" * 25_000
+# The slowest outcome takes 5 s, and curl needs up to 5 s more to notice silence.
+CLIENT_TIMEOUT_SECONDS = 20.0
+# After this time, mock/slow has sent some chunks and is not done.
+MID_STREAM_SECONDS = 2.0
+# Short timeouts and no retries make every outcome quick.
 ENV = {
     "PORT": "0",
     "STATE_URL": "memory://",
@@ -42,95 +40,112 @@ ENV = {
     "DEFAULT_MODEL": "mock/echo",
     "MAX_RETRIES": "0",
     "HEARTBEAT_SECONDS": "0.7",
-    # More than SILENCE_SECONDS, so that a client to which a comment is silence gives up too early.
+    # Longer than SILENCE_SECONDS: a client that ignores heartbeats gives up too early.
     "FIRST_TOKEN_TIMEOUT_SECONDS": "5",
-    "MAX_MESSAGE_CHARS": str(len(WORD)),
-    "MAX_BODY_BYTES": str(2 * len(WORD)),
+    "MAX_MESSAGE_CHARS": str(len(LONG_WORD)),
+    "MAX_BODY_BYTES": str(2 * len(LONG_WORD)),
 }
-# A whole number, as curl takes it; four comments come in that time.
+# An integer, because curl takes no fractions. Four heartbeats arrive in this time.
 SILENCE_SECONDS = 3
+# Requests of this tool have an id with this prefix, those of the client do not.
+OWN_ID = "check-client-"
 
 
-class Ending(NamedTuple):
-    """A model of the mock, what it answers, what to do then."""
+class Outcome(NamedTuple):
+    """A model of the mock, the response it simulates, and what a client should do then."""
 
     model: str
-    answers: str
+    response: str
     advice: str
 
 
-ENDINGS = (
-    Ending(
+OUTCOMES = (
+    Outcome(
         "mock/echo",
-        "a notice that it is a mock, then your message, word by word; so does any name not here",
-        "shows each chunk as it comes, as text and never as HTML",
+        "a notice that this is the mock, then your message; so does any model not listed here",
+        "shows each chunk as it arrives, as text and never as HTML",
     ),
-    Ending("mock/lorem-10000", "N chunks of any `mock/lorem-N`, at most 10,000", "loses none"),
-    Ending("mock/slow", "a chunk each half second", "does not wait for the end, and can stop"),
-    Ending("mock/unicode", "several scripts, joined emoji, U+2028", "splits lines at LF alone"),
-    Ending("mock/empty", "`done` without text", "says that there was no text"),
-    Ending("mock/lorem-0", "422 `invalid_request`", "shows the message: the request must change"),
-    Ending(
+    Outcome("mock/lorem-10000", "N chunks for any `mock/lorem-N`, at most 10,000", "loses none"),
+    Outcome(
+        "mock/slow", "a chunk every half second", "does not wait for the end; lets the user stop"
+    ),
+    Outcome(
+        "mock/unicode", "several scripts, combined emoji, U+2028", "decodes UTF-8 across reads"
+    ),
+    Outcome("mock/empty", "`done` without text", "says that there was no text"),
+    Outcome("mock/lorem-0", "422 `invalid_request`", "shows the message and does not retry"),
+    Outcome(
         "mock/error",
         "502 `upstream_error`, after two retries (1 to 2 s)",
-        "offers another try where `retryable` is true",
+        "offers a retry, because `retryable` is true",
     ),
-    Ending(
+    Outcome(
         "mock/rate-limited",
         "503 `upstream_unavailable` with `Retry-After: 2`, after two retries (4 s)",
-        "waits for `retry_after` seconds before another try",
+        "waits for `retry_after` seconds before it retries",
     ),
-    Ending(
+    Outcome(
         "mock/hang",
-        "heartbeats, and `upstream_timeout` after `FIRST_TOKEN_TIMEOUT_SECONDS`",
-        "passes over comments; expects an error as the first event too",
+        "heartbeats, then `upstream_timeout` after `FIRST_TOKEN_TIMEOUT_SECONDS`",
+        "ignores comments; expects an error as the first event",
     ),
-    Ending(
+    Outcome(
         "mock/error-midstream",
         "text, then `upstream_error` as the last event",
-        "keeps the text, marked as incomplete; another try makes a second turn",
+        "keeps the text and marks it as incomplete; a retry stores a second turn",
     ),
-    Ending("mock/truncated", "text, then `upstream_incomplete`", "the same"),
+    Outcome("mock/truncated", "text, then `upstream_incomplete`", "the same"),
 )
 
 
 def table() -> str:
-    rows = (f"| `{model}` | {answers} | {advice} |\n" for model, answers, advice in ENDINGS)
+    """Return the outcomes as a Markdown table."""
+    rows = (f"| `{model}` | {response} | {advice} |\n" for model, response, advice in OUTCOMES)
     return HEAD + "".join(rows)
 
 
-def output(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
-    return cast(asyncio.StreamReader, process.stdout)  # Each process here was asked for it.
-
-
 class Service:
-    """The service in a process of its own, and how the requests to it ended."""
+    """The service in a process of its own, and its log lines about chat requests."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.url = ""
-        self.outcomes: list[str] = []
+        self._log: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
 
-    async def listen(self) -> None:
-        """Read the log to its end, which is the service's."""
-        async for line in output(self.process):
+    async def read_log(self) -> None:
+        """Read the log until the service exits."""
+        async for line in _stdout(self.process):
             entry = json.loads(line)
-            listening = re.match(r"Listening on (\S+);", entry["event"])
-            self.url = listening[1] if listening else self.url
-            self.outcomes += [entry["outcome"]] if entry["event"] == "request" else []
+            self.url = self.url or entry.get("url", "")
+            self._log += [entry] if entry["event"] == "request" else []
             self._changed.set()
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+    async def wait_until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(CLIENT_TIMEOUT_SECONDS):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def take_requests(self) -> list[dict[str, Any]]:
+        """Return the log lines of the client's requests since the last call."""
+        # The log line of a new request follows those of all requests that have ended before.
+        await send_own(self.url, "mock/empty", MESSAGE, "last")
+        await self.wait_until(lambda: self._log and self._log[-1]["request_id"] == f"{OWN_ID}last")
+        requests = [entry for entry in self._log if not entry["request_id"].startswith(OWN_ID)]
+        self._log.clear()
+        return requests
+
+    async def wait_for_end(self) -> bool:
+        """Wait for the end of the client's only request. Return whether it has disconnected."""
+        with suppress(TimeoutError):
+            await self.wait_until(lambda: self._log)
+        return [entry["outcome"] for entry in self._log] == ["client_disconnected"]
+
 
 @asynccontextmanager
 async def running_service() -> AsyncIterator[Service]:
-    # Neither a key of the environment nor an .env may bring a real provider into this.
+    # Without this process's environment and .env: no real provider must be configured.
     env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **ENV}
     with TemporaryDirectory() as directory:
         process = await asyncio.create_subprocess_exec(
@@ -140,47 +155,52 @@ async def running_service() -> AsyncIterator[Service]:
             stdout=asyncio.subprocess.PIPE,
         )
         service = Service(process)
-        listening = asyncio.create_task(service.listen())
+        reading = asyncio.create_task(service.read_log())
         try:
-            await service.until(lambda: service.url)
+            await service.wait_until(lambda: service.url)
             yield service
         finally:
-            # Not asked to end: it may have been stopped, and nothing of it has to be kept.
+            # SIGKILL also ends a process that SIGSTOP has stopped.
             if process.returncode is None:
                 process.kill()
-            await listening
+            await reading
             await process.wait()
 
 
-class Answer(NamedTuple):
-    """What there was to show: the text, and the code of the error with which it ended."""
+class Expected(NamedTuple):
+    """The text and the error of a response."""
 
     text: str
-    code: str | None
+    code: str | None = None
+    retryable: bool = False
+    retry_after: int | None = None
 
 
-async def ask(url: str, model: str, message: str) -> Answer:
-    async with httpx.AsyncClient(timeout=PATIENCE_SECONDS) as client:
+async def send_own(url: str, model: str, message: str, name: str = "reference") -> Expected:
+    """Send the request that the client should send, and return its result."""
+    async with httpx.AsyncClient(timeout=CLIENT_TIMEOUT_SECONDS) as client:
         body = {"message": message, "model_id": model}
-        reply = await client.post(f"{url}/api/v1/chat", json=body)
-    if reply.is_error:
-        return Answer("", reply.json()["error"]["code"])
-    blocks = reply.content.decode().split("\n\n")
-    *chunks, last = (
-        json.loads(block.removeprefix("data: ")) for block in blocks if block.startswith("data: ")
-    )
-    return Answer("".join(each["chunk"] for each in chunks), last.get("error", {}).get("code"))
+        headers = {"X-Request-ID": f"{OWN_ID}{name}"}
+        response = await client.post(f"{url}/api/v1/chat", json=body, headers=headers)
+    if response.is_error:
+        chunks, end = [], response.json()
+    else:
+        blocks = response.content.decode().split("\n\n")
+        *chunks, end = (json.loads(block[6:]) for block in blocks if block.startswith("data: "))
+    error = {
+        name: value for name, value in end.get("error", {}).items() if name in Expected._fields
+    }
+    return Expected("".join(event["chunk"] for event in chunks), **error)
 
 
 @dataclass
 class Run:
-    """What a client did: its exit status (None: it had to be killed), what it printed first, all
-    that it printed to stdout and to stderr."""
+    """A finished client: its exit status, or None if it had to be killed, and its output."""
 
     status: int | None
-    first: str
-    text: str
-    told: str
+    first: str  # what it had printed when this tool first read its stdout
+    stdout: str
+    stderr: str
 
 
 Act = Callable[[int], object]
@@ -189,112 +209,131 @@ Act = Callable[[int], object]
 async def run(
     command: list[str], url: str, model: str, act: Act | None = None, message: str = MESSAGE
 ) -> Run:
-    """Run the client; `act` is called with its process id when it has printed something, or should
-    have."""
-    asked = {"CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": message}
+    """Run the client. Call `act` with its process id once it has printed something, or should."""
+    variables = {"CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": message}
     client = await asyncio.create_subprocess_exec(
         *command,
-        env={**os.environ, **asked, "CHAT_SILENCE_SECONDS": str(SILENCE_SECONDS)},
+        env={**os.environ, **variables, "CHAT_SILENCE_SECONDS": str(SILENCE_SECONDS)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        # A group of its own, as a terminal's Ctrl-C reaches all of a pipeline.
+        # A process group: a terminal's Ctrl-C also reaches the whole pipeline.
         start_new_session=True,
     )
     first = b""
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(CLIENT_TIMEOUT_SECONDS):
             with suppress(TimeoutError):
-                async with asyncio.timeout(ACT_SECONDS if act else None):
-                    first = await output(client).read(2**16)
+                async with asyncio.timeout(MID_STREAM_SECONDS if act else None):
+                    first = await _stdout(client).read(2**16)
             if act:
                 act(client.pid)
-            rest, told = await client.communicate()
+            rest, stderr = await client.communicate()
     except TimeoutError:
         os.killpg(client.pid, SIGKILL)
         await client.communicate()
         return Run(None, first.decode(errors="replace"), "", "")
-    texts = (part.decode(errors="replace") for part in (first, first + rest, told))
+    texts = (part.decode(errors="replace") for part in (first, first + rest, stderr))
     return Run(client.returncode, *texts)
 
 
-def broken_off(done: Run) -> list[str]:
-    """What the client did wrong, if the answer was not whole."""
+def _stdout(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
+    return cast(asyncio.StreamReader, process.stdout)  # each process here is started with a pipe
+
+
+def find_missed_failure(done: Run) -> list[str]:
+    """Return what the client did wrong if the response was incomplete."""
     if done.status is None:
-        return [f"did not end within {PATIENCE_SECONDS:g} s"]
-    return [] if done.status else ["ended with 0, as if the answer were whole"]
+        return [f"did not exit within {CLIENT_TIMEOUT_SECONDS:g} s"]
+    return [] if done.status else ["exited with 0, although the response is incomplete"]
 
 
-def faults(expected: Answer, done: Run) -> list[str]:
-    """What the client did wrong, if it should have shown `expected`."""
+def find_faults(expected: Expected, done: Run) -> list[str]:
+    """Return what the client did wrong if it should have printed `expected`."""
     if expected.code:
-        found = broken_off(done)
-        if expected.code not in done.told:
-            found.append(f"did not name {expected.code} on stderr")
+        faults = find_missed_failure(done)
+        if expected.code not in done.stderr:
+            faults.append(f"did not name {expected.code} on stderr")
     else:
-        found = [f"ended with {done.status}, not 0: {done.told.strip()}"] if done.status else []
-    if done.text.strip() != expected.text.strip():
-        found.append(f"printed {done.text[:60]!r}, not {expected.text[:60]!r}")
-    return found
+        faults = [f"exited with {done.status}, not 0: {done.stderr.strip()}"] if done.status else []
+    if done.stdout.strip() != expected.text.strip():
+        faults.append(f"printed {done.stdout[:60]!r}, not {expected.text[:60]!r}")
+    return faults
+
+
+def find_retry_faults(expected: Expected, requests: list[dict[str, Any]]) -> list[str]:
+    """Return what was wrong with the client's retries. `requests` are log lines of the service."""
+    if len(requests) > 1 and not expected.retryable:
+        return ["retried, although the error is not retryable"]
+    if len(requests) > 1 and expected.text:
+        return ["retried after text: the session has a second turn"]
+    for earlier, later in pairwise(requests):
+        ended = datetime.fromisoformat(earlier["time"])
+        started = datetime.fromisoformat(later["time"]) - timedelta(
+            milliseconds=later["duration_ms"]
+        )
+        waited = (started - ended).total_seconds()
+        # The log has milliseconds, and sleeping programs round.
+        if waited < (expected.retry_after or 0) - 0.1:
+            return [f"retried after {waited:.1f} s, not after {expected.retry_after} s"]
+    return []
 
 
 def interrupt(pid: int) -> None:
-    # It may have ended by itself.
+    # The client may have exited already.
     with suppress(ProcessLookupError):
         os.killpg(pid, SIGINT)
 
 
-async def rehearse(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
-    """Each ending, and what the client did wrong there."""
+async def check(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
+    """Yield the name of each test and what the client did wrong in it."""
     async with running_service() as service:
-        endings = [(ending.model, ending.model, MESSAGE) for ending in ENDINGS]
-        for what, model, message in (*endings, ("a chunk of 100 kB", "mock/echo", WORD)):
+        cases = [(outcome.model, outcome.model, MESSAGE) for outcome in OUTCOMES]
+        for name, model, message in (*cases, ("a chunk of 100 kB", "mock/echo", LONG_WORD)):
             expected, done = await asyncio.gather(
-                ask(service.url, model, message),
+                send_own(service.url, model, message),
                 run(command, service.url, model, message=message),
             )
-            found = faults(expected, done)
+            faults = find_faults(expected, done)
             if model == "mock/slow" and done.first.strip() == expected.text.strip():
-                found.append("showed nothing before the answer was whole")
-            yield f"{what}: {expected.code or 'done'}", found
+                faults.append("printed nothing before the response was complete")
+            faults += find_retry_faults(expected, await service.take_requests())
+            yield f"{name}: {expected.code or 'done'}", faults
 
-        before = len(service.outcomes)
         done = await run(command, service.url, "mock/slow", interrupt)
-        with suppress(TimeoutError):
-            await service.until(
-                lambda: {"client_disconnected", "done"} & {*service.outcomes[before:]}
-            )
-        gone = "client_disconnected" in service.outcomes[before:]
-        yield "stopped by SIGINT", broken_off(done) + ([] if gone else ["did not stop its answer"])
+        faults = find_missed_failure(done)
+        if not await service.wait_for_end():
+            faults.append("did not close the connection")
+        yield "stopped by SIGINT", faults
 
-        # A service that stands still: its connections are open, and nothing comes from them.
-        stop = service.process.send_signal
-        done = await run(command, service.url, "mock/slow", lambda pid: stop(SIGSTOP))
-        service.process.send_signal(SIGCONT)
-        yield "the connection is silent", broken_off(done)
+        # The stopped process keeps its connections open and sends nothing.
+        signal = service.process.send_signal
+        done = await run(command, service.url, "mock/slow", lambda pid: signal(SIGSTOP))
+        signal(SIGCONT)
+        yield "the connection is silent", find_missed_failure(done)
 
-        # Last, for the service ends with it.
+        # Last, because it ends the service.
         done = await run(command, service.url, "mock/slow", lambda pid: service.process.kill())
-        yield "the connection is cut", broken_off(done)
+        yield "the connection is reset", find_missed_failure(done)
 
 
 async def report(command: list[str]) -> int:
-    """The number of endings with which the client does not deal."""
-    wrong = 0
-    async for what, found in rehearse(command):
-        wrong += bool(found)
-        sys.stdout.write(f"{'WRONG' if found else 'ok':6} {what}\n")
-        sys.stdout.writelines(f"       it {fault}\n" for fault in found)
+    """Print the result of each test. Return the number of failed ones."""
+    failed = 0
+    async for name, faults in check(command):
+        failed += bool(faults)
+        sys.stdout.write(f"{'FAILED' if faults else 'ok':6} {name}\n")
+        sys.stdout.writelines(f"       The client {fault}.\n" for fault in faults)
         sys.stdout.flush()
-    return wrong
+    return failed
 
 
 def main() -> None:
     if not sys.argv[1:]:
-        sys.exit("Name your client: make rehearse CLIENT='node examples/ask.mjs'")
+        sys.exit("Name the client: make test-client CLIENT='node examples/client.mjs'")
     try:
         sys.exit(1 if asyncio.run(report(sys.argv[1:])) else 0)
     except OSError as error:
-        sys.exit(f"{sys.argv[1]} can't be run: {error.strerror}")
+        sys.exit(f"Cannot run {sys.argv[1]}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
-from chat import ChatRequest, ChunkEvent, DoneEvent, ErrorEvent
+from chat import (
+    ChatRequest,
+    ChunkEvent,
+    CompletionBody,
+    DoneEvent,
+    ErrorEvent,
+    ReasoningEvent,
+)
 from errors import KINDS, Code, ErrorBody
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +53,15 @@ class SessionView(BaseModel):
     messages: list[SessionMessage]
 
 
-EVENTS = (ChunkEvent, DoneEvent, ErrorEvent)
-WRITTEN = (*EVENTS, ErrorBody, Models, SessionView)
+EVENTS = (ChunkEvent, ReasoningEvent, DoneEvent, ErrorEvent)
+WRITTEN = (*EVENTS, CompletionBody, ErrorBody, Models, SessionView)
+# Fields that are left out of some responses.
+OPTIONAL = {
+    (model.__name__, name)
+    for model in WRITTEN
+    for name, info in model.model_fields.items()
+    if info.exclude_if
+}
 
 MEANINGS: dict[Code, str] = {
     "invalid_json": "the body is not a JSON object in UTF-8",
@@ -128,8 +142,9 @@ REQUEST_ID: Object = {
 ABOUT = """\
 Streaming chat over HTTP: one POST per message, one event stream per response. Every response has \
 an `X-Request-ID`; every error has the same JSON body. A path that is not listed is 404 \
-`not_found`. A method that is not listed is 405 `method_not_allowed`, with `Allow`. A `Host` that \
-is not in ALLOWED_HOSTS is 400 without a JSON body."""
+`not_found`, except for the scripts and the style of the playground. A method that is not listed \
+is 405 `method_not_allowed`, with `Allow`. A `Host` that is not in ALLOWED_HOSTS is 400 without a \
+JSON body."""
 MESSAGE = """\
 Must contain visible text. The maximum is MAX_MESSAGE_CHARS code points, 8,000 by default."""
 STREAM = """\
@@ -137,7 +152,8 @@ Server-sent events. Each event is one `data:` line with a ChatEvent as JSON, fol
 line. Lines that begin with `:` are comments and keep the connection alive. Exactly one event \
 with a `status` ends the stream. If the connection closes without one, the response is \
 incomplete. The status line is sent with the first chunk or after 15 s; earlier failures have \
-their own HTTP status, and later ones are the last event."""
+their own HTTP status, and later ones are the last event. With `"stream": false`: one \
+CompletionBody, sent at the end."""
 
 
 class Schema(GenerateJsonSchema):
@@ -163,8 +179,10 @@ def schemas() -> Object:
         schema.pop("title")
         schema["description"] = " ".join(schema["description"].split())
         if name != "ChatRequest":
-            # The service always writes every field, also those with a default.
-            schema["required"] = list(schema["properties"])
+            # The service also writes fields that have their default.
+            schema["required"] = [
+                field for field in schema["properties"] if (name, field) not in OPTIONAL
+            ]
     fields = result["ChatRequest"]["properties"]
     # Whether text is visible is checked by code, which no JSON Schema can express.
     fields["message"] |= {"minLength": 1, "description": MESSAGE}
@@ -172,6 +190,18 @@ def schemas() -> Object:
     fields["session_id"]["description"] = (
         "The session to continue, or an id of your own. Absent or null: a new session."
     )
+    fields["stream"]["description"] = "False: one JSON response instead of a stream."
+    fields["include_reasoning"]["description"] = "Whether to send the model's reasoning, too."
+    fields["replace_last_turn"]["description"] = (
+        "Whether this turn replaces the session's last one. Needs a session_id."
+    )
+    result["ChatRequest"] |= {
+        "if": {
+            "properties": {"replace_last_turn": {"const": True}},
+            "required": ["replace_last_turn"],
+        },
+        "then": {"properties": {"session_id": {"type": "string"}}, "required": ["session_id"]},
+    }
     result["ChatRequest"]["examples"] = [{"message": "Hello"}]
     result["ChatEvent"] = {
         "oneOf": [ref("schemas", event.__name__) for event in EVENTS],
@@ -227,6 +257,7 @@ def chat() -> Object:
     chunks = [ChunkEvent(chunk=chunk, id="req_123") for chunk in ("Hello", " world")]
     stream = {"anyOf": [{"type": "string"}, ref("schemas", "Event")]}
     success = response(STREAM, "text/event-stream", stream, "X-Session-ID", *LIMIT_HEADERS)
+    success["content"][JSON] = {"schema": ref("schemas", "CompletionBody")}
     success["content"]["text/event-stream"]["example"] = "".join(
         f"data: {event.model_dump_json()}\n\n" for event in (*chunks, done)
     )
@@ -264,7 +295,6 @@ def status(word: str) -> Object:
 
 def paths() -> Object:
     text: Object = {"type": "string"}
-    playground = "absent if PLAYGROUND=off"
     return {
         "/api/v1/chat": {"post": chat()},
         "/api/v1/models": get("models", "The models callers may request", ref("schemas", "Models")),
@@ -273,9 +303,7 @@ def paths() -> Object:
         "/readyz": get("ready", "New requests are accepted", status("ready"), codes=READY),
         "/metrics": get("metrics", "Prometheus metrics; absent if METRICS=off", text, "text/plain"),
         "/openapi.json": get("openapi", "This document", {"type": "object"}),
-        "/": get("playground", f"The playground; {playground}", text, "text/html"),
-        "/playground.css": get("style", f"Its style; {playground}", text, "text/css"),
-        "/playground.js": get("script", f"Its script; {playground}", text, "text/javascript"),
+        "/": get("playground", "The playground; absent if PLAYGROUND=off", text, "text/html"),
     }
 
 
