@@ -219,6 +219,8 @@ async def test_env_file_is_read_below_the_environment_and_unknown_names_warn(
         models = await (await client.request("GET", "/api/v1/models")).json()
         assert models == {"default": default, "models": ["from-file", "from-env", "other"]}
         client.disconnect()
+        process.process.terminate()
+        assert await process.wait_for_exit() == (0, "")
         warnings = [line["event"] for line in process.lines if line["level"] == "warning"]
         assert "OPENAI_API_KY " in warnings[0]
         assert "OPENAI_API_KEY" in warnings[0]
