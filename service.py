@@ -67,7 +67,6 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
-SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
 # Expired sessions stay in the file for at most this long.
 SWEEP_SECONDS = 60.0
 
@@ -156,7 +155,7 @@ def create_routes(settings: Settings, router: Router, service: Service) -> list[
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
+            *(static_route(f"/{x.name}", x.name, "text/javascript") for x in STATIC.glob("*.js")),
         ]
     return routes
 
