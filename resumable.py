@@ -186,8 +186,9 @@ class Reader(ClientStream):
             return
         if self._state is State.OPEN:
             self._send_events()
-        elif self.position < generation.last:
-            # Events wait in the generation, not in this stream: there may be megabytes of them.
+        elif generation.last:
+            # An error can no longer get a status of its own. Events wait in the generation, not in
+            # this stream: there may be megabytes of them.
             self._start_opening()
         if self.position == generation.last and generation.end is not None:
             self._caught_up.set()
