@@ -39,8 +39,8 @@ test-all: $(VENV)/all ## run the tests that need other programs, a browser or ma
 	@$(BIN)/coverage report --include redis_state.py
 	@$(BIN)/python -m pytest -q tests/test_container.py # all of them share one image
 
-test-client: $(VENV)/dev ## test a client against every outcome: CLIENT='node examples/ask.mjs'
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.rehearse $(CLIENT)
+test-client: $(VENV)/dev ## test a client against every outcome: CLIENT='node examples/client.mjs'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tools.check_client $(CLIENT)
 
 soak: $(VENV)/dev ## run 20,000 chats with random faults, disconnects and slow readers; 4 minutes
 	@$(BIN)/python -m tests.soak

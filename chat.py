@@ -10,7 +10,14 @@ import unicodedata
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import ErrorDetails
 
 import errors
@@ -33,8 +40,8 @@ UNWANTED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u180e\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufdd0-\ufdef"
     f"\ufeff\ufff9-\ufffb\U000e0000-\U000e007f{NONCHARACTERS}]"
 )
-# Characters that render as nothing whatever their category: Unicode's property
-# Default_Ignorable_Code_Point, and the blank Braille pattern.
+# Characters of any category that render as nothing: Unicode's Default_Ignorable_Code_Point, and the
+# blank Braille pattern.
 BLANK = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
@@ -42,8 +49,8 @@ BLANK = re.compile(
 )
 # CPython sorts a run of combining marks in quadratic time: 60 KB of them blocked the event loop for
 # 20 s. Longer runs than the 30 marks that any script needs (UAX 15, 13.1) are sorted here first.
-# A mark is neither a letter nor a digit. Its combining class does not tell it from a base character
-# before it is decomposed: U+0F73, U+0F75 and U+0F81 have class 0 and decompose into two marks.
+# Marks are found after decomposition, because U+0F73, U+0F75 and U+0F81 have combining class 0 and
+# decompose into two marks each. A mark is neither a letter nor a digit, so most text is skipped.
 LONG_SYMBOL_RUN = re.compile(r"[^\w\x00-\u02ff]{31,}")
 LONG_MARK_RUN = re.compile(rb"[^\0]{31,}")  # in combining classes
 
@@ -102,6 +109,9 @@ class ChatRequest(BaseModel, extra="forbid", frozen=True, strict=True):
     message: Annotated[str, AfterValidator(_clean_message)]
     model_id: Annotated[str, StringConstraints(max_length=128)] | None = None
     session_id: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
+    stream: bool = True
+    include_reasoning: bool = False
+    replace_last_turn: bool = False
 
 
 def parse_request(body: bytes, max_message_chars: int) -> ChatRequest:
@@ -131,6 +141,7 @@ def _field_problem(problem: ErrorDetails) -> FieldProblem:
         "missing": "is required",
         "extra_forbidden": f"is not a known field ({hint})",
         "string_type": "must be a string",
+        "bool_type": "must be true or false",
         "string_too_long": "must have at most 128 characters",
         "string_pattern_mismatch": "must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -",
     }
@@ -145,18 +156,41 @@ class ChunkEvent(BaseModel):
     id: str
 
 
+class ReasoningEvent(BaseModel):
+    """One delta of the model's reasoning, which is only sent on request."""
+
+    reasoning: str
+    id: str
+
+
 class DoneEvent(BaseModel):
     """The terminal event of a complete response.
 
-    `usage` is the provider's own object, or null if it sent none.
+    `usage` is the provider's own object, or null if it sent none. `history_trimmed` is only sent if
+    older turns no longer fit into the model and were left out.
     """
 
     status: Literal["done"] = "done"
     id: str
     session_id: str
-    model: str
+    model: str | None
     finish_reason: str | None
     usage: dict[str, Any] | None
+    history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
+
+
+class CompletionBody(BaseModel):
+    """The body of a response to a request with `"stream": false`."""
+
+    status: Literal["done", "stopped"]
+    id: str
+    session_id: str
+    model: str | None
+    content: str
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    history_trimmed: bool = Field(default=False, exclude_if=lambda trimmed: not trimmed)
+    reasoning: str | None = Field(default=None, exclude_if=lambda reasoning: reasoning is None)
 
 
 class StoppedEvent(BaseModel):

@@ -15,7 +15,7 @@ import httpx
 
 from errors import ServiceError
 from providers import create_transport
-from settings import ProviderSettings, Rate, Settings, SettingsError, variable_prefix
+from settings import InUseError, ProviderSettings, Rate, Settings, SettingsError, variable_prefix
 
 # Providers send a list of models, 400 KB at most, in a second or two.
 LIST_SECONDS = 10.0
@@ -75,12 +75,12 @@ def format_value(value: object) -> str:
 
 async def _check_all(settings: Settings, open_state: OpenState) -> AsyncIterator[Result]:
     try:
-        _, store = open_state(settings)
-        async with aclosing(store):
+        async with aclosing(open_state(settings)[1]) as store:
             await store.check()
         yield "ok", f"STATE_URL: {settings.public_state_url} can be used"
     except (SettingsError, ServiceError) as error:
-        yield "error", f"{settings.public_state_url} cannot be used: {error}"
+        level: Literal["warning", "error"] = "warning" if isinstance(error, InUseError) else "error"
+        yield level, f"{settings.public_state_url} cannot be used: {error}"
     models = _configured_models(settings)
     for provider in settings.providers:
         try:

@@ -13,12 +13,10 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from settings import SettingsError
+from settings import InUseError, SettingsError
 
 # Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = int.from_bytes(b"chat")
-# Writes the write-ahead log to the file.
-TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 # How long a write waits for another process (a backup, the sqlite3 shell) to unlock the file.
 BUSY_SECONDS = 1.0
 # Disk space that is reserved for deleting sessions, and for storing the turns of responses that are
@@ -56,6 +54,9 @@ SCHEMAS = (
     """,
 )
 
+# More than one turn adds to the file: a response has up to 4 MiB, and pages have 4 KiB.
+MAX_TURN_PAGES = 2**11
+
 T = TypeVar("T")
 
 
@@ -90,6 +91,8 @@ class Database:
         limit = max_bytes // page_size
         reserve = min(limit // 4, FILE_RESERVE_BYTES // page_size)
         self._half = limit // 2
+        # For so many more turns the file cannot become half full.
+        self._turns_left = 0
         if pages > limit:
             size = f"{path} has {pages * page_size} bytes, more than STATE_MAX_BYTES={max_bytes}"
             log.warning("%s; it does not grow. Raise STATE_MAX_BYTES, or let sessions expire", size)
@@ -105,11 +108,11 @@ class Database:
         return self._use_reserve(lambda: self._db.execute(statement, values))
 
     def is_half_full(self) -> bool:
-        return self._is_larger_than(self._half)
+        return self._uses_more_than(self._half)
 
     def is_full(self) -> bool:
         """Return whether the file or the disk has no room for another turn."""
-        return self.is_disk_full() or self._is_larger_than(self._full)
+        return self.is_disk_full() or self._uses_more_than(self._full)
 
     def is_disk_full(self) -> bool:
         return self._lock_file is not None and not self._lock_file.has_room()
@@ -121,7 +124,7 @@ class Database:
         """
         before = self._pragma("page_count")
         pages = FULL_DISK_SHRINK_PAGES if self.is_disk_full() else SHRINK_PAGES
-        script = f"PRAGMA incremental_vacuum({pages}); {TRUNCATE_LOG}"
+        script = f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
         self._use_reserve(lambda: self._db.executescript(script))
         return self._pragma("page_count") < before
 
@@ -140,13 +143,20 @@ class Database:
             if self._lock_file is None or not full:
                 raise
             self._lock_file.release()
-            self._db.executescript(TRUNCATE_LOG)
             return work()
 
-    def _is_larger_than(self, pages: int) -> bool:
-        """Return whether more pages are in use, which are those that are not free."""
-        size = self._pragma("page_count")
-        return size > pages and size - self._pragma("freelist_count") > pages
+    def is_far_from_full(self) -> bool:
+        """Return whether there is room for a turn, as far as that is known without looking."""
+        self._turns_left -= 1
+        return self._turns_left >= 0 and not self.is_disk_full()
+
+    def _uses_more_than(self, pages: int) -> bool:
+        """Return whether more than `pages` pages, at least half of all, contain data."""
+        if self._turns_left > 0:
+            return False
+        used = self._pragma("page_count") - self._pragma("freelist_count")
+        self._turns_left = max(0, self._half - used) // MAX_TURN_PAGES
+        return used > pages
 
     def _pragma(self, pragma: str) -> int:
         value: int = self._db.execute(f"PRAGMA {pragma}").fetchone()[0]
@@ -168,7 +178,7 @@ class LockFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise SettingsError(
+            raise InUseError(
                 f"STATE_URL: {path} is in use by another process. If that is an old process that"
                 " is still draining, wait until it has ended; otherwise set another path, or"
                 " redis:// to share sessions between processes"

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from errors import Code, ServiceError
+from telemetry import Attempt
 
 # A longer wait can only come from a wrong clock, and is ignored.
 MAX_WAIT_SECONDS = 86400
@@ -47,13 +48,13 @@ TOO_LONG = _pattern(
     "context.?(length|window|size|limit)s?.{0,30}(exceed|overflow|only|reached)|context.?overflow",
     "(exceed|(long|great|larg)er than|not fit).{0,50}context(?! (deadline|cancel))|上下文",
     r"\b(prompt|inputs?|messages?|conversation|context|tokens)\b(?!.{0,40} took).{0,40} too "
-    r"(long|large)|_too_(long|large)|\brequest (\w{1,20} )?too large|max_?prompt_?tokens|tokens_limit_",
+    r"(long|large)|_too_(long|large)|\brequest (\w{1,20} )?too large|max_?prompt_?tokens",
     r"\b(prompt|inputs?|messages?|request\b.{0,60} tokens?)\b.{0,60} exceed|shorter (input|prompt)",
     "max(imum)? (allowed )?(prompt|input|model) length|too.?many.?(input.?|prompt.?)?tokens",
     "exceed.{0,20} token limit|(token|conversation) (length|limit).{0,9} exceed|total text bytes",
     "reduce the length of|(reduce|shorten) (your|the) (prompt|input|messages?|conversation)",
     "inputs?[` ].{0,60}must (be|have) (<=|less than|at most)|range of input length",
-    "max_tokens must be at least 1, got -",
+    "max_tokens must be at least 1, got -|tokens_limit_reached",
 )
 REFUSED = _pattern(
     "content.?(exists )?(filter|polic|moderat|management|safety|risk|violat|blocked)|敏感|违规",
@@ -190,3 +191,31 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
             if 0 < (seconds := parse(headers.get(name, ""))) <= MAX_WAIT_SECONDS:
                 return seconds
     return None
+
+
+# What the operator should look at, by the reason or the cause of a failed attempt.
+HINTS = {
+    "credentials": "provider {name} rejected the API key ({status}): check {prefix}API_KEY",
+    "quota": "provider {name} reports that the quota or credit is used up: check the account",
+    "busy": "provider {name} is overloaded or limits our rate ({status}): check its limits",
+    "model_not_found": "provider {name} does not have the model {model}: check DEFAULT_MODEL,"
+    " MODELS and FALLBACK_MODELS",
+    "not_found": "404 from {url}: does {prefix}BASE_URL need /v1?",
+    "output_limit": "provider {name} rejects the parameter that MAX_OUTPUT_TOKENS sends: rename it"
+    ' with {prefix}EXTRA_BODY, such as {{"max_tokens": null, "max_completion_tokens": 1000}}',
+    "gaierror": "cannot resolve the host of {url}: check {prefix}BASE_URL and DNS",
+    "ConnectionRefusedError": "nothing listens at {url}: is the server running?",
+    "SSLCertVerificationError": "the certificate of {url} is not trusted: set SSL_CERT_FILE to its"
+    " authorities",
+}
+
+
+def operator_hint(attempt: Attempt, base_url: str) -> tuple[str, str] | None:
+    """Return the kind of a failed attempt and a sentence for the log, or None if there is none."""
+    name, _, model = attempt.model.partition("/")
+    kind = next(filter(HINTS.get, (attempt.reason or "", attempt.cause or "")), None)
+    if kind is None:
+        return None
+    prefix = name.upper().replace("-", "_") + "_"
+    values = {"name": name, "model": model, "prefix": prefix, "url": base_url}
+    return kind, HINTS[kind].format(**values, status=attempt.status)

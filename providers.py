@@ -14,7 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -26,7 +26,7 @@ from pydantic_core import from_json, to_json
 
 from errors import FieldProblem, ServiceError, invalid_request
 from http_client import HTTPTransport, ResponseBody, bypasses_proxy
-from openai_stream import Chunks, CompletionParser
+from openai_stream import Chunks, CompletionParser, Reasoning
 from provider_errors import classify_error
 from settings import ProviderSettings, Settings, SettingsError
 from telemetry import Attempt
@@ -53,15 +53,21 @@ class Completion:
     model: str | None
     finish_reason: str | None
     usage: dict[str, Any] | None
+    history_trimmed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """What a provider has to know of a request, and the attempts made for it so far."""
+    """What a provider has to know of a request, and what was done for it so far.
+
+    `dropped_turns` is the number of the oldest turns that were left out because the conversation
+    was too long for the model.
+    """
 
     request_id: str
     traceparent: str | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    dropped_turns: int = 0
 
     def headers(self) -> dict[str, str]:
         """Return the headers that identify the current attempt.
@@ -130,6 +136,7 @@ class OpenAIProvider(LLMProvider):
             {
                 "Host": self._url.netloc.decode(),
                 "Content-Type": "application/json",
+                "User-Agent": "chat-sidecar",
                 "Accept": "text/event-stream",
                 # Unpacking could turn 50 KB into 50 MB.
                 "Accept-Encoding": "identity",
@@ -137,6 +144,7 @@ class OpenAIProvider(LLMProvider):
         )
         if self._api_key is not None:
             self._headers["Authorization"] = f"Bearer {self._api_key}"
+        self._headers.update(provider.extra_headers)
         # Nothing that is not configured: reasoning models and small servers reject unknown fields.
         self._options: dict[str, object] = {
             "stream": True,
@@ -146,6 +154,9 @@ class OpenAIProvider(LLMProvider):
             # OpenAI's reasoning models reject the old name; most other servers know no other.
             limit = "max_completion_tokens" if self.name == "openai" else "max_tokens"
             self._options[limit] = settings.max_output_tokens
+        # What is configured wins, and null removes a field.
+        options = {**self._options, **provider.extra_body}
+        self._options = {name: value for name, value in options.items() if value is not None}
         # Timeouts other than connecting are the sink's and the router's.
         self._extensions = {"timeout": {"connect": settings.connect_timeout_seconds}}
         self._transport = create_transport(self._url)
@@ -175,7 +186,7 @@ class OpenAIProvider(LLMProvider):
                 attempt = call.attempts[-1]
                 attempt.status = response.status_code
                 attempt.provider_request_id = response.headers.get("x-request-id", "")[:128] or None
-                await _check(response)
+                await _check(response, model)
                 await _read(response.extensions["body"], parser, sink)
             finally:
                 await response.aclose()
@@ -200,19 +211,20 @@ async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> Non
     loop = asyncio.get_running_loop()
     # Ends a stream that is complete but goes on.
     timer: asyncio.TimerHandle | None = None
-    deadline = float("inf")
 
-    def end_within(seconds: float) -> None:
-        nonlocal timer, deadline
-        if loop.time() + seconds < deadline:
-            deadline = loop.time() + seconds
-            if timer is not None:
-                timer.cancel()
-            timer = loop.call_at(deadline, body.stop)
+    def end_within(seconds: float | None) -> None:
+        """Set the time of the end, unless it is already earlier. None cancels it."""
+        nonlocal timer
+        end = loop.time() + seconds if seconds is not None else None
+        if timer is not None and (end is None or end < timer.when()):
+            timer.cancel()
+            timer = None
+        if timer is None and end is not None:
+            timer = loop.call_at(end, body.stop)
 
     def consume(data: bytes) -> None:
         chunks = parser.feed(data)
-        if chunks is not None and not sink.write([text for text in chunks if type(text) is str]):
+        if chunks is not None and not sink.write(chunks):
             body.pause()
         if parser.error:
             body.stop()
@@ -220,6 +232,9 @@ async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> Non
             end_within(CLOSE_SECONDS)
         elif parser.finished:
             end_within(FINISH_SECONDS)
+        elif timer is not None:
+            # Text followed a finish_reason, which was not the end.
+            end_within(None)
 
     def finish() -> bool:
         if parser.complete:
@@ -238,18 +253,21 @@ async def _read(body: ResponseBody, parser: CompletionParser, sink: Sink) -> Non
             timer.cancel()
     last = parser.close()
     if last is not None:
-        sink.write([text for text in last if type(text) is str])
+        sink.write(last)
 
 
-async def _check(response: httpx.Response) -> None:
+async def _check(response: httpx.Response, model: str) -> None:
     """Raise the error that a response reports, unless it is an event stream."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = response.headers.get("content-encoding", "").strip().lower()
     compressed = encoding not in ("", "none", "identity")
-    succeeded = response.status_code == 200
-    if succeeded and compressed:
-        raise ServiceError("upstream_error", "The provider sent a compressed stream, unrequested.")
-    if succeeded and media_type not in ("application/json", "text/html"):
+    if response.status_code == 200:
+        if compressed:
+            problem = "The provider sent a compressed stream, unrequested."
+            raise ServiceError("upstream_error", problem)
+        if media_type == "text/html":
+            problem = "The provider answered with a web page. Its address is probably wrong."
+            raise ServiceError("upstream_error", problem)
         return
     body, source = bytearray(), response.extensions["body"]
 
@@ -259,15 +277,11 @@ async def _check(response: httpx.Response) -> None:
             source.stop()
 
     await source.push(take)
-    details = None
+    data = _decompress(bytes(body)) if compressed else bytes(body)
+    details: Any = None if media_type == "text/html" else data.decode(errors="replace")
     with suppress(ValueError):
-        details = from_json(_decompress(bytes(body)) if compressed else bytes(body))
-    if succeeded and not (isinstance(details, dict) and details.get("error")):
-        raise ServiceError(
-            "upstream_error", "The provider answered with something other than an event stream."
-        )
-    status = 500 if succeeded else response.status_code
-    raise classify_error(status, details, response.headers, time.time())
+        details = from_json(data)
+    raise classify_error(response.status_code, details, response.headers, time.time(), model)
 
 
 def _decompress(body: bytes) -> bytes:
@@ -313,10 +327,8 @@ def create_transport(target: httpx.URL) -> HTTPTransport:
         expected = "it must be a PEM file of certificate authorities"
         raise SettingsError(f"SSL_CERT_FILE cannot be read: {error.strerror}; {expected}") from None
     except ValueError:
-        variable = f"{target.scheme.upper()}_PROXY"
-        raise SettingsError(
-            f"{variable} must be an http:// URL; other proxies are not supported"
-        ) from None
+        problem = "must be an http:// URL; other proxies are not supported"
+        raise SettingsError(f"{target.scheme.upper()}_PROXY {problem}") from None
     return HTTPTransport(tls, proxy)
 
 
@@ -326,7 +338,7 @@ class MockProvider(LLMProvider):
     name = "mock"
     # fmt: off
     models = ("echo", "lorem-100", "slow", "hang", "error", "error-midstream", "truncated",
-              "rate-limited", "empty", "unicode")
+              "rate-limited", "empty", "unicode", "reasoning")
     # fmt: on
 
     async def stream(
@@ -365,6 +377,11 @@ LOREM = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", 
 def _mock_chunks(model: str, message: str) -> Chunks:
     if model == "empty":
         return []
+    if model == "reasoning":
+        thoughts: Chunks = [
+            Reasoning(f"{word} ") for word in ["The", "user", "wants", "to", "see", "this."]
+        ]
+        return [*thoughts, "This ", "is ", "mock/reasoning."]
     if model == "unicode":
         return ["naïve ", "日本語 ", "👩‍👩‍👧 ", "नमस्ते ", "سلام ", "e\u0301 ", "line\u2028separator"]
     if model in ("slow", "error-midstream", "truncated"):
@@ -461,31 +478,58 @@ async def complete(
     up to MAX_RETRIES times if its error is retryable and the wait ends before the first-token
     deadline. With k targets left, an attempt gets 1/(k+1) of the remaining time. After the first
     chunk an error is final, because the client has read it.
+
+    A conversation that is too long for a model is sent to it again without the older half of its
+    turns, until it fits or only the message is left. That does not count as a retry.
     """
     now = asyncio.get_running_loop().time
     deadline = now() + settings.first_token_timeout_seconds
-    attempts = [*targets, *[targets[-1]] * settings.max_retries]
-    for number, target in enumerate(attempts, start=1):
-        targets_left = max(0, len(targets) - number)
+    number = 0
+    while True:
+        target = targets[min(number, len(targets) - 1)]
+        targets_left = max(0, len(targets) - 1 - number)
+        retries = max(0, number - len(targets) + 1)
         attempt = Attempt(target.name)
         call.attempts.append(attempt)
         try:
             seconds = (deadline - now()) / (targets_left + 1)
-            return await _stream_within(seconds, target, messages, call, sink)
+            completion = await _stream_within(seconds, target, messages, call, sink)
+            trimmed = call.dropped_turns > 0
+            return replace(completion, history_trimmed=True) if trimmed else completion
         except ServiceError as error:
-            attempt.error, attempt.cause = error.code, error.cause
+            attempt.error, attempt.cause, attempt.reason = error.code, error.cause, error.reason
             if sink.started:
                 raise
             failure = error
+        if is_too_long(attempt) and (turns := count_turns(messages)):
+            dropped = (turns + 1) // 2
+            call.dropped_turns += dropped
+            messages = drop_oldest_turns(messages, dropped)
+            continue
+        number += 1
         if targets_left:
             continue
-        retries = number - len(targets)
         wait = backoff(retries) if failure.retry_after is None else failure.retry_after
-        if not failure.retryable or now() + wait >= deadline:
-            break
-        if number < len(attempts):
-            await anyio.sleep(wait)
-    raise failure
+        if retries == settings.max_retries or not failure.retryable or now() + wait >= deadline:
+            raise failure
+        await anyio.sleep(wait)
+
+
+def is_too_long(attempt: Attempt) -> bool:
+    """Return whether the provider surely rejected the conversation as too long for the model."""
+    certain = attempt.reason == "context_length"
+    return certain or (attempt.reason == "too_long" and attempt.status in (400, 413))
+
+
+def count_turns(messages: Sequence[Message]) -> int:
+    """Return the number of turns before the new message."""
+    return sum(message["role"] == "assistant" for message in messages)
+
+
+def drop_oldest_turns(messages: Sequence[Message], count: int) -> Sequence[Message]:
+    """Return the messages without the oldest turns. The system prompt stays."""
+    start = int(messages[0]["role"] == "system")
+    return [*messages[:start], *messages[start + 2 * count :]]
 
 
 async def _stream_within(

@@ -26,6 +26,7 @@ from errors import ServiceError
 from ratelimit import MICROSECONDS, Caller, Decision, RateLimiter, decide
 from sessions import (
     BUSY,
+    FULL,
     ISSUED_ID,
     LOST,
     NOT_FOUND,
@@ -52,6 +53,8 @@ URL_FORMAT = "redis://USER:PASSWORD@HOST:PORT/DB, or rediss:// for TLS"
 
 # Take a token, as `ratelimit.take` does. The bucket is stored as "LEVEL UPDATED_AT" and expires
 # when it is full. It expires a millisecond late, because Redis truncates its clock to milliseconds.
+# When Redis is out of memory, it rejects commands that need memory, unless the script has already
+# written. So the script deletes first: the limiter has to admit the DELETE that makes room.
 # KEYS: the bucket.
 # ARGV: the units of a token, of a full bucket, and those added per microsecond.
 TAKE = """
@@ -68,6 +71,7 @@ if allowed then
   level = level - token
 end
 local milliseconds = math.ceil((full - level) / (refill * 1000)) + 1
+redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[1], string.format('%.0f %.0f', level, now), 'PX', milliseconds)
 return {allowed and 1 or 0, level}
 """
@@ -103,18 +107,16 @@ end
 return {{owner, began, ends, redis.call('LRANGE', KEYS[2], 0, -1)}}
 """
 
-# Store a turn and unlock the session. The script deletes the lock first, so the session is
-# unlocked even if a later command fails.
+# Store a turn and unlock the session. The script deletes the lock first, so it is not rejected when
+# Redis is out of memory: the response has been paid for.
 # ARGV: the lock's token ("" for a session that is not stored yet), the owner, the time to live;
 # with a turn: its duration and its JSON without the times; if the stored turns are not the turns to
 # retain: 'rewrite' and the JSON of each turn to retain.
 END = f"""{NOW}
-if ARGV[1] ~= '' then
-  if redis.call('GET', KEYS[3]) ~= ARGV[1] then
-    return 'lost'
-  end
-  redis.call('DEL', KEYS[3])
+if ARGV[1] ~= '' and redis.call('GET', KEYS[3]) ~= ARGV[1] then
+  return 'lost'
 end
+redis.call('DEL', KEYS[3])
 local message_at = now - (ARGV[4] or 0)
 if redis.call('HSETNX', KEYS[1], 'owner', ARGV[2]) == 1 then
   redis.call('HSET', KEYS[1], 'began', message_at, 'ends', now + ARGV[3])
@@ -147,6 +149,13 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
   return 'busy'
 end
 return redis.call('DEL', KEYS[1], KEYS[2])
+"""
+
+# Fail if Redis rejects writes, for example because it is out of memory. The command itself changes
+# nothing.
+# KEYS: a key that does not exist.
+CHECK = """
+return redis.call('LPUSHX', KEYS[1], '')
 """
 
 # Renew the leases of this process.
@@ -219,6 +228,8 @@ class RedisClient:
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send())
         reply = await future
+        if isinstance(reply, redis.OutOfMemoryError):
+            raise ServiceError("state_unavailable", FULL, retry_after=5) from reply
         if isinstance(reply, Exception):
             raise ServiceError("state_unavailable", UNAVAILABLE, retry_after=1) from reply
         return reply
@@ -301,6 +312,8 @@ class RedisStore(SessionStore):
 
     async def open(self, owner: str, session_id: str | None) -> Session:
         if session_id is None:
+            # A provider is called only if its response can be stored.
+            await self.check()
             return new_session(owner, time.time(), self._ttl)
         token = secrets.token_urlsafe(16)
         ttl = () if ISSUED_ID.fullmatch(session_id) else (math.ceil(self._ttl * 1000),)
@@ -334,7 +347,7 @@ class RedisStore(SessionStore):
         """Do nothing: Redis deletes expired sessions."""
 
     async def check(self) -> None:
-        await self._client.call(RENEW, [], LEASE_MILLISECONDS)
+        await self._client.call(CHECK, ["chat:check"])
 
     async def aclose(self) -> None:
         if self._renewal is not None:

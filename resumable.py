@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from chat import ChatRequest, ErrorEvent, StoppedEvent
 from errors import FieldProblem, ServiceError, invalid_request
+from providers import Completion
 from server import shutting_down
 from settings import Settings
 from stream import ClientStream, Deadline, End, EventStream, State, Stopped, encode_event
@@ -56,6 +57,9 @@ class Generation:
     # Whether it has its key, and retains events for readers that attach later.
     retaining: bool = True
     terminal: bytes | None = None
+    # For a request with `"stream": false`: its response.
+    whole: bool = False
+    body: bytes = b""
     end: End | None = None
     # Whether it failed before its first chunk. Each reader then responds with the error.
     failed_early: bool = False
@@ -110,6 +114,8 @@ class Generation:
                 # It was cancelled because it had no reader.
                 self.end, event = Stopped(), encode_event(StoppedEvent(**ids))
             self.terminal = self._number(event.removesuffix(b"\n\n"))
+        if self.whole and self.stream is not None:
+            self.body = self.stream.encode_body()
         # The stream has the text a second time.
         self.stream = None
         self.opened.set()
@@ -233,6 +239,26 @@ class Reader(ClientStream):
         return self.generation.terminal or b""
 
 
+class WholeReader(Reader):
+    """The JSON response to one client, sent when the generation has ended."""
+
+    def advance(self) -> None:
+        if self._task is not None and self.generation.end is not None:
+            self._caught_up.set()
+
+    async def _relay(self) -> None:
+        self.advance()
+        await self._caught_up.wait()
+        self.end = self.end or self.generation.end
+
+    def _send_heartbeat(self) -> None:
+        self._sent_at = self._now()
+
+    async def _send_end(self, end: End) -> None:
+        if isinstance(end, Completion | Stopped):
+            await self._send_json(self.generation.body)
+
+
 class ResumableStreams:
     """The generations of this process, by Idempotency-Key and by session.
 
@@ -268,11 +294,12 @@ class ResumableStreams:
         if generation.request_hash != hash_request(chat):
             problem = "This Idempotency-Key was used with another request. Send a new key."
             raise ServiceError("idempotency_key_reused", problem)
-        return self.read(generation, event_id, replayed=True)
+        return self.read(generation, event_id, replayed=True, whole=not chat.stream)
 
     def start(self, owner: str, key: str, chat: ChatRequest, request_id: str) -> Generation:
         """Return a new generation, which has the key from now on."""
         generation = Generation((owner, key), hash_request(chat), request_id, self)
+        generation.whole = not chat.stream
         self._by_key[generation.key] = generation
         self._running.add(generation)
         return generation
@@ -288,13 +315,24 @@ class ResumableStreams:
         found = (self._by_session.get(session) for session in sessions)
         return next((generations[-1] for generations in found if generations), None)
 
-    def read(self, generation: Generation, event_id: str, *, replayed: bool = False) -> Reader:
-        """Return a reader that begins after the event with this id. Raise too_many_streams."""
+    def read(
+        self,
+        generation: Generation,
+        event_id: str,
+        *,
+        replayed: bool = False,
+        whole: bool = False,
+    ) -> Reader:
+        """Return a reader that begins after the event with this id, or sends one JSON object.
+
+        Raise too_many_streams.
+        """
         if len(generation.readers) >= MAX_READERS:
             problem = f"This stream is at its limit of {MAX_READERS} readers. Close one and retry."
             raise ServiceError("too_many_streams", problem, retry_after=1)
         position = generation.find_event(event_id)
-        reader = Reader(generation, position, self._settings, replayed=replayed)
+        kind = WholeReader if whole else Reader
+        reader = kind(generation, position, self._settings, replayed=replayed)
         generation.readers.add(reader)
         self._update_expiry(generation)
         return reader

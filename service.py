@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import telemetry
 from chat import ChatRequest, parse_request
 from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
+from provider_errors import operator_hint
 from providers import (
     Call,
     Completion,
@@ -61,9 +62,9 @@ from server import (
     probe,
     raise_descriptor_limit,
 )
-from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners, find_owner
+from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners
 from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
-from stream import STREAM_HEADERS, End, EventStream
+from stream import STREAM_HEADERS, CompletionResponse, End, EventStream, Stopped
 
 VERSION = "0.1.0"
 EXPOSED_HEADERS = (
@@ -82,7 +83,11 @@ CONTENT_SECURITY_POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
+SCRIPTS = ("playground.js", "client.js", "conversations.js", "dom.js", "markdown.js")
+# Expired sessions stay in the file for at most this long.
 SWEEP_SECONDS = 60.0
+# One line a minute shows that a provider keeps failing.
+HINT_SECONDS = 60.0
 # After these errors the connection is closed: the rest of the body is not read, or the client
 # should send its next request to another replica.
 CLOSING_ERRORS = ("body_too_large", "request_timeout", "shutting_down")
@@ -112,6 +117,7 @@ class Service:
     # The streams that are running, with or without an Idempotency-Key.
     _running: dict[SessionKey, EventStream] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
+    _hinted_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
     # POST /api/v1/chat
 
@@ -130,8 +136,7 @@ class Service:
             # From here on the stream frees slot and session, however it ends.
             slot = held.pop_all()
         record: telemetry.RequestRecord = request.state.record
-        key = (find_owner(caller.owner, session), session.id)
-        stream, call = self._create_stream(key, record, chat, targets, session, slot)
+        stream, call = self._create_stream(record, chat, targets, session, slot, self.settings)
         await self._run_stream(stream, call, record, scope, receive, send)
 
     async def _read_chat(
@@ -142,41 +147,58 @@ class Service:
         chat = parse_request(body, self.settings.max_message_chars)
         targets = self.router.resolve(chat.model_id)
         request.state.record.fields["requested_model"] = targets[0].name
+        if chat.replace_last_turn and chat.session_id is None:
+            problem = "needs the session_id of the turn to replace"
+            raise invalid_request(FieldProblem(field="replace_last_turn", message=problem))
         if chat.session_id is not None:
             self._reject_shared_session_id(request, caller, chat.session_id)
         return chat, targets
 
     def _create_stream(
         self,
-        key: SessionKey,
         record: telemetry.RequestRecord,
         chat: ChatRequest,
         targets: Sequence[Target],
         session: Session,
         slot: ExitStack,
-        settings: Settings | None = None,
+        settings: Settings,
     ) -> tuple[EventStream, Call]:
         """Return the stream of a turn in an open session. It frees slot and session."""
         record.fields["session"] = telemetry.short_hash(session.id)
-        message_at, settings = time.time(), settings or self.settings
+        message_at, running = time.time(), (session.owner, session.id)
+        history = session.turns[:-1] if chat.replace_last_turn else session.turns
+        call = Call(record.request_id, record.traceparent)
 
         async def on_finish(text: str, end: End) -> None:
             complete = isinstance(end, Completion)
             # Providers reject conversations with a blank message.
             turn = Turn(chat.message, text, complete, message_at, time.time()) if text else None
+            if chat.replace_last_turn and not (complete or isinstance(end, Stopped)):
+                # The turn that was to be replaced stays.
+                turn = None
+            kept = session._replace(turns=history[call.dropped_turns :]) if turn else session
             try:
                 with slot:
-                    await self.store.end(session, turn)
+                    await self.store.end(kept, turn)
             finally:
                 # The next stream of this session may have begun.
-                if self._running.get(key) is stream:
-                    del self._running[key]
+                if self._running.get(running) is stream:
+                    del self._running[running]
 
-        call = Call(record.request_id, record.traceparent)
-        messages = self._messages(session, chat.message)
+        messages = self._messages(history, chat.message)
         run = partial(complete, targets, messages, call, settings=settings)
-        stream = EventStream(run, on_finish, record.request_id, session.id, settings)
-        self._running[key] = stream
+        # A generation retains events, whatever its readers send.
+        whole = not chat.stream and settings is self.settings
+        response = CompletionResponse if whole else EventStream
+        stream = response(
+            run,
+            on_finish,
+            record.request_id,
+            session.id,
+            settings,
+            include_reasoning=chat.include_reasoning,
+        )
+        self._running[running] = stream
         return stream, call
 
     async def _run_stream(
@@ -196,6 +218,17 @@ class Service:
             self.metrics.finish_stream(
                 record, stream.fill_report(), call.attempts, self.router.known
             )
+            self._log_hints(call.attempts)
+
+    def _log_hints(self, attempts: Sequence[telemetry.Attempt]) -> None:
+        """Log what the operator should look at, at most once a minute per provider and cause."""
+        for attempt in filter(lambda attempt: attempt.error, attempts):
+            name = attempt.model.partition("/")[0]
+            urls = [str(each.base_url) for each in self.settings.providers if each.name == name]
+            hint = operator_hint(attempt, *urls) if urls else None
+            if hint is not None and time.monotonic() >= self._hinted_until.get((name, hint[0]), 0):
+                self._hinted_until[name, hint[0]] = time.monotonic() + HINT_SECONDS
+                self.log.warning(hint[1])
 
     # Resumable streams
 
@@ -219,7 +252,7 @@ class Service:
             # Until here nothing has waited since `attach`, so no other request has taken the key.
             generation = self.resumable.start(caller.owner, key, hashed, record.request_id)
             self.resumable.run(self._generate(generation, record, caller, chat, targets, slot))
-            reader = self.resumable.read(generation, "")
+            reader = self.resumable.read(generation, "", whole=not chat.stream)
         await self._read_stream(reader, request, send)
 
     async def _generate(
@@ -238,11 +271,10 @@ class Service:
                 held.push(slot)
                 session = await self.store.open(caller.owner, chat.session_id)
                 held.pop_all()
-            key = (find_owner(caller.owner, session), session.id)
             settings = self.resumable.stream_settings
-            stream, call = self._create_stream(key, record, chat, targets, session, slot, settings)
+            stream, call = self._create_stream(record, chat, targets, session, slot, settings)
             generation.stream = stream
-            generation.open(key)
+            generation.open((session.owner, session.id))
             scope = {"extensions": {CONNECTION: generation}}
             try:
                 await self._run_stream(
@@ -335,9 +367,9 @@ class Service:
             raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
         return bytes(body)
 
-    def _messages(self, session: Session, message: str) -> list[Message]:
+    def _messages(self, history: Sequence[Turn], message: str) -> list[Message]:
         """Return what the provider gets: the system prompt, the history and the new message."""
-        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(session)]
+        messages = [{"role": role, "content": text} for role, text, *_ in iter_messages(history)]
         if self.settings.system_prompt:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return [*messages, {"role": "user", "content": message}]
@@ -430,7 +462,7 @@ class Service:
         session = await self.store.read(caller.owner, session_id)
         messages = [
             {"role": role, "content": text, "created_at": _rfc3339(at), "complete": complete}
-            for role, text, at, complete in iter_messages(session)
+            for role, text, at, complete in iter_messages(session.turns)
         ]
         view = {
             "session_id": session.id,
@@ -467,9 +499,9 @@ class ASGIEndpoint:
         await self.app(scope, receive, send)
 
 
-def iter_messages(session: Session) -> Iterator[tuple[str, str, float, bool]]:
+def iter_messages(turns: Sequence[Turn]) -> Iterator[tuple[str, str, float, bool]]:
     """Yield the role, text, time and completeness of each message of a session."""
-    for turn in session.turns:
+    for turn in turns:
         yield "user", turn.message, turn.message_at, True
         yield "assistant", turn.response, turn.response_at, turn.complete
 
@@ -532,7 +564,9 @@ async def sweep_periodically(store: SessionStore) -> None:
 
 
 def create_state(
-    settings: Settings, log: logging.Logger
+    settings: Settings,
+    log: logging.Logger | None = None,
+    on_evict: Callable[[], None] = lambda: None,
 ) -> tuple[Mapping[str, RateLimiter], SessionStore]:
     """Return the rate limiters and the session store that STATE_URL names.
 
@@ -552,9 +586,10 @@ def create_state(
         ttl=ttl,
         max_chars=chars,
         clock=time.time,
-        log=log,
+        log=log or logging.getLogger("chat_sidecar"),
         max_bytes=settings.state_max_bytes,
         max_sessions=settings.max_sessions_per_caller,
+        on_evict=on_evict,
     )
     limiters = {kind: MemoryRateLimiter(rate, time.monotonic_ns) for kind, rate in limited.items()}
     return limiters, store
@@ -580,9 +615,9 @@ def create_app(
     """
     providers = create_providers(settings) | {provider.name: provider for provider in more}
     router = Router(settings, providers)
-    limiters, store = create_state(settings, log)
-    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics = telemetry.Metrics(VERSION)
+    limiters, store = create_state(settings, log, metrics.sessions_evicted.inc)
+    streams = StreamLimiter(settings.max_streams, settings.max_streams_per_caller)
     metrics.active_streams.set_function(lambda: streams.active)
     resumable = ResumableStreams(settings)
     service = Service(settings, router, limiters, streams, drain, store, metrics, log, resumable)
@@ -606,7 +641,7 @@ def create_app(
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            static_route("/playground.js", "playground.js", "text/javascript"),
+            *(static_route(f"/{file}", file, "text/javascript") for file in SCRIPTS),
         ]
 
     @asynccontextmanager

@@ -202,6 +202,8 @@ class SQLiteStore(SessionStore):
         self._thread = None if path == ":memory:" else ThreadPoolExecutor(1, "sessions")
 
     async def open(self, owner: str, session_id: str | None) -> Session:
+        if session_id is None and self._db.is_far_from_full():
+            return new_session(pseudonym(owner), self._clock(), self._ttl)
         # Even a cancelled caller gets the session, because it has to unlock it.
         return await self._run(lambda: self._open(owner, session_id), shield=True)
 

@@ -48,6 +48,10 @@ class SettingsError(Exception):
     """
 
 
+class InUseError(SettingsError):
+    """Another process uses the database that STATE_URL names."""
+
+
 class Rate(NamedTuple):
     """The size of a token bucket: `limit` tokens, refilled evenly over `seconds`."""
 

@@ -18,9 +18,9 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from chat import DoneEvent, ErrorEvent, StoppedEvent
+from chat import CompletionBody, DoneEvent, ErrorEvent, StoppedEvent
 from errors import ServiceError, to_service_error
-from openai_stream import Chunks
+from openai_stream import Chunks, Reasoning
 from providers import Completion, Sink
 from server import CONNECTION, ClientConnection
 from settings import Settings
@@ -245,6 +245,16 @@ class ClientStream(ABC):
         elif self._opening is not None:
             await self._opening
 
+    async def _send_json(self, body: bytes) -> None:
+        """Send a whole response instead of events."""
+        headers = [*self._headers, (b"content-length", b"%d" % len(body))]
+        headers[0] = (b"content-type", b"application/json")
+        with anyio.move_on_after(self._settings.write_timeout_seconds, shield=True) as writing:
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send_last(body)
+        if writing.cancelled_caught:
+            self.abort("client_stalled")
+
     async def _send_last(self, body: bytes) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -266,6 +276,8 @@ class EventStream(ClientStream, Sink):
         request_id: str,
         session_id: str,
         settings: Settings,
+        *,
+        include_reasoning: bool = False,
     ) -> None:
         super().__init__(settings)
         self._headers.append((b"x-session-id", session_id.encode()))
@@ -276,9 +288,12 @@ class EventStream(ClientStream, Sink):
         self._on_finish = on_finish
         # Any, because the events have fields of several types.
         self._ids: dict[str, Any] = {"id": request_id, "session_id": session_id}
+        self._include_reasoning = include_reasoning
         self._before_chunk = b'data: {"chunk":'
+        self._before_reasoning = b'data: {"reasoning":'
         self._after_chunk = b',"id":' + to_json(request_id) + b"}\n\n"
         self._chunks: list[str] = []
+        self._reasoning: list[str] = []
         self._sent_bytes = self._text_bytes = 0
         self._finished = asyncio.Event()
         # Since when the provider has been silent.
@@ -314,27 +329,42 @@ class EventStream(ClientStream, Sink):
             self.on_start()
         self._waiting_since = now
         if chunks:
-            if report.first_chunk_at is None:
-                report.first_chunk_at = now
-            self._write_chunks(chunks)
-            self._sent_at = now
+            self._write_chunks(chunks, now)
         if self._connection.paused:
             self._pause(now)
             return False
         return True
 
-    def _write_chunks(self, chunks: Chunks) -> None:
+    def _write_chunks(self, chunks: Chunks, now: float) -> None:
+        """Send an event for each chunk, reasoning only if it was requested."""
+        texts = chunks
+        if Reasoning in map(type, chunks):
+            texts = [chunk for chunk in chunks if type(chunk) is str]
+            if self._include_reasoning:
+                self._reasoning += [chunk for chunk in chunks if type(chunk) is Reasoning]
+            else:
+                chunks = texts
+        if not chunks:
+            return
         # An event is one line, since JSON escapes line ends.
-        before, after = self._before_chunk, self._after_chunk
-        events = b"".join([before + to_json(chunk) + after for chunk in chunks])
+        before, reasoning, after = self._before_chunk, self._before_reasoning, self._after_chunk
+        events = b"".join(
+            [
+                (before if type(each) is str else reasoning) + to_json(each) + after
+                for each in chunks
+            ]
+        )
         if not events.isascii():
             events = escape_line_separators(events)
         self._sent_bytes += len(events)
         self._text_bytes += len(events) - len(chunks) * (len(before) + len(after))
         if self._sent_bytes > MAX_SENT_BYTES or self._text_bytes > MAX_TEXT_BYTES:
             raise ServiceError("upstream_error", "The response is longer than 4 MiB.")
-        self._chunks += chunks
-        self.report.chunks += len(chunks)
+        if texts and self.report.first_chunk_at is None:
+            self.report.first_chunk_at = now
+        self._chunks += texts
+        self.report.chunks += len(texts)
+        self._sent_at = now
         self._write(events)
 
     def _resume(self) -> None:
@@ -417,12 +447,24 @@ class EventStream(ClientStream, Sink):
             return encode_event(StoppedEvent(**self._ids))
         return encode_event(ErrorEvent(**self._ids, error=end.detail()))
 
+    def encode_body(self) -> bytes:
+        """Return the response as one JSON object, after the stream has ended."""
+        end = self.end if isinstance(self.end, Completion) else Completion(None, None, None)
+        body = CompletionBody(
+            status="done" if end is self.end else "stopped",
+            **self._ids,
+            **vars(end),
+            content="".join(self._chunks),
+            reasoning="".join(self._reasoning) if self._include_reasoning else None,
+        )
+        return to_json(body)
+
     def fill_report(self) -> StreamReport:
         """Return the report, after the stream has ended."""
         report, end = self.report, self.end
         if isinstance(end, Completion):
             report.model, report.finish_reason = end.model, end.finish_reason
-            report.usage = end.usage
+            report.usage, report.history_trimmed = end.usage, end.history_trimmed
         report.error = end if isinstance(end, ServiceError) else None
         report.outcome = self.outcome
         return report
@@ -431,6 +473,18 @@ class EventStream(ClientStream, Sink):
 def encode_event(event: BaseModel) -> bytes:
     """Return an event as one `data:` line and a blank line."""
     return escape_line_separators(b"data: " + to_json(event) + b"\n\n")
+
+
+class CompletionResponse(EventStream):
+    """The same completion as one JSON response, sent when it has ended."""
+
+    def _write(self, events: bytes) -> None:
+        """Send nothing before the end."""
+
+    async def _send_end(self, end: End) -> None:
+        """Send the whole response. An error is raised and gets an HTTP status of its own."""
+        if isinstance(end, Completion | Stopped):
+            await self._send_json(self.encode_body())
 
 
 def escape_line_separators(events: bytes) -> bytes:

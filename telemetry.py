@@ -77,6 +77,7 @@ class Attempt:
     provider_request_id: str | None = None
     error: str | None = None
     cause: str | None = None
+    reason: str | None = None
 
 
 @dataclass
@@ -96,6 +97,7 @@ class StreamReport:
     model: str | None = None
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
+    history_trimmed: bool = False
 
 
 class Metrics:
@@ -124,6 +126,9 @@ class Metrics:
             "chat_upstream_retries",
             "Retries and failovers, by the provider and the error that caused them",
             ("kind", "provider", "error"),
+        )
+        self.sessions_evicted = counter(
+            "chat_sessions_evicted", "Sessions dropped because their caller had too many"
         )
         self.rate_limited = counter("chat_rate_limited", "Rate-limited requests", ("caller",))
         model = ("provider", "model")
@@ -158,6 +163,9 @@ class Metrics:
             record.fields["cause"] = error.cause
         for failed, following in pairwise(attempts):
             kind = "retry" if failed.model == following.model else "failover"
+            if kind == "retry" and failed.error == "context_too_long":
+                # The same model got a shorter conversation.
+                continue
             self.retries.labels(kind, failed.model.partition("/")[0], failed.error).inc()
         provider, _, model = last.model.partition("/")
         # A glob in MODELS lets callers invent names, which must not become labels.
@@ -173,6 +181,7 @@ class Metrics:
         if report.outcome == "done":
             record.fields["model"] = safe_name(report.model)
             record.fields["finish_reason"] = safe_name(report.finish_reason)
+            record.fields |= {"history_trimmed": True} if report.history_trimmed else {}
         for kind in ("prompt_tokens", "completion_tokens"):
             count = (report.usage or {}).get(kind)
             if isinstance(count, int) and 0 <= count < MAX_TOKENS:

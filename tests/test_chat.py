@@ -266,7 +266,8 @@ def test_message_that_is_too_long_is_rejected(message: str, length: int) -> None
 
 NOT_A_STRING = "must be a string"
 INVALID_SESSION = "must be 1 to 64 characters of A-Z, a-z, 0-9, _ and -"
-FIELDS = "known fields: message, model_id, session_id"
+NOT_A_BOOLEAN = "must be true or false"
+FIELDS = "known fields: " + ", ".join(ChatRequest.model_fields)
 LONG_NAME = "session_id" * 1_000
 
 
@@ -286,6 +287,9 @@ LONG_NAME = "session_id" * 1_000
         (request_body(session_id="a\n"), {"session_id": INVALID_SESSION}),
         (request_body(session_id="ä"), {"session_id": INVALID_SESSION}),
         (request_body(session_id="a b"), {"session_id": INVALID_SESSION}),
+        (request_body(stream=None), {"stream": NOT_A_BOOLEAN}),
+        (request_body(include_reasoning=1), {"include_reasoning": NOT_A_BOOLEAN}),
+        (request_body(replace_last_turn="true"), {"replace_last_turn": NOT_A_BOOLEAN}),
         (
             b'{"message": 1, "model_id": 2, "session_id": 3}',
             {"message": NOT_A_STRING, "model_id": NOT_A_STRING, "session_id": NOT_A_STRING},

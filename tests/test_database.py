@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from check import check
 from database import APPLICATION_ID, DISK_RESERVE_BYTES, SCHEMAS, Database, LockFile, pseudonym
 from errors import ServiceError
 from server import Drain
-from service import create_app
+from service import create_app, create_state
 from sessions import SessionStore
 from settings import SettingsError, from_env
-from tests.conftest import StartService, StartUpstream, create_log, raises
-from tests.test_conversations import answered, on_session, remembered, repeat
-from tests.test_kill import environment, running_process
-from tests.test_service import openai
+from tests.conftest import StartService, StartUpstream, create_log, openai_env, raises
+from tests.test_conversations import echo, echoed, read_messages, request_session
+from tests.test_kill import ROOT, running_process
 from tests.test_sessions import (
     CALLER,
     OTHER_CALLER,
@@ -308,18 +308,23 @@ async def test_log_next_to_the_target_of_a_linked_database_must_not_be_a_symboli
 # ---- one process
 
 
-async def test_second_process_does_not_start_and_backups_and_probes_work(
+async def test_second_process_does_not_start_while_probe_check_and_backup_work(
     upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url)
+    provider = await upstream(echo)
+    env = openai_env(provider.url)
     async with running_process(file, env) as (app, process):
         await (await app.chat("one", session_id="mine")).events()
         port = app.url.rpartition(":")[2]
         for arguments, status in (([], 2), (["--probe"], 0)):
             second = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "service", *arguments),
-                env={**environment(file, env), "PORT": port if arguments else "0"},
+                env={
+                    "PYTHONPATH": str(ROOT),
+                    "STATE_URL": f"sqlite:///{file}",
+                    "PORT": port if arguments else "0",
+                    **env,
+                },
                 cwd=file.parent,
                 stderr=subprocess.PIPE,
             )
@@ -328,6 +333,11 @@ async def test_second_process_does_not_start_and_backups_and_probes_work(
             if not arguments:
                 assert f"STATE_URL: {file} is in use by another process" in stderr.decode()
                 assert "draining" in stderr.decode()
+        lines: list[str] = []
+        settings = from_env({"STATE_URL": f"sqlite:///{file}"})
+        assert await check(settings, [], create_state, lines.append) == 0
+        assert lines[-1].startswith("warning: ")
+        assert "in use by another process" in lines[-1]
         # Through another name, too.
         link = file.with_name("link.db")
         link.symlink_to(file)
@@ -339,7 +349,7 @@ async def test_second_process_does_not_start_and_backups_and_probes_work(
         process.kill()
         await process.wait()
     async with running_process(file, env) as (app, _):
-        assert await remembered(app, "mine") == answered("one")
+        assert await read_messages(app, "mine") == echoed("one")
 
 
 async def test_file_can_be_opened_again_after_close_or_a_failed_start(
@@ -383,6 +393,7 @@ async def test_full_store_rejects_turns_and_recovers_by_deletion_and_by_expiry(
     async with open_store(path, clock, 100_000, max_bytes=max_bytes) as store:
         await store.check()
         running = [await store.open(CALLER, name) for name in ("running", None)]
+        too_large = await store.open(CALLER, None)
         ids = await fill(store, clock)
         assert len(ids) * 10_000 > max_bytes / 4
         for _ in range(2):
@@ -396,6 +407,8 @@ async def test_full_store_rejects_turns_and_recovers_by_deletion_and_by_expiry(
         for session in running:
             await store.end(session, make_turn("ended", "y" * (max_bytes // 200), at=clock.now))
             assert await stored_messages(store, session.id) == ["ended"]
+        with raises("state_unavailable"):
+            await store.end(too_large, make_turn("y" * (max_bytes // 2), at=clock.now))
         assert (await store.read("key:app", ids[-1])).turns[0].message == "x" * 10_000
 
         for session_id in ids[:2] if max_bytes == 2**16 else ids[:8]:
@@ -437,8 +450,8 @@ async def test_file_larger_than_the_limit_works_at_its_size_with_a_warning(
 async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is_full(
     service: StartService, upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
+    provider = await upstream(echo)
+    env = openai_env(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
     app = await service(**env, RATE_LIMIT="off")
     sessions = 0
     while (reply := await app.chat("x" * 5000, session_id=f"s-{sessions}")).status == 200:
@@ -451,8 +464,8 @@ async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is
     assert len(provider.requests) == sessions
     assert (await app.get("/readyz")).status == 503
     assert (await app.get("/healthz")).status == 200
-    assert len(await remembered(app, "s-0")) == 2
-    assert (await on_session(app, "DELETE", "s-0")).status == 204
+    assert len(await read_messages(app, "s-0")) == 2
+    assert (await request_session(app, "DELETE", "s-0")).status == 204
     assert (await app.get("/readyz")).status == 200
     assert (await (await app.chat("Hi")).events())[-1]["status"] == "done"
 
@@ -460,14 +473,14 @@ async def test_chat_is_rejected_before_its_provider_is_called_while_the_store_is
 async def test_settings_limit_the_sessions_of_a_caller_in_a_half_full_store(
     service: StartService, upstream: StartUpstream, file: Path
 ) -> None:
-    provider = await upstream(repeat)
-    env = openai(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
+    provider = await upstream(echo)
+    env = openai_env(provider.url, STATE_URL=f"sqlite:///{file}", STATE_MAX_BYTES="65536")
     app = await service(**env, RATE_LIMIT="off", MAX_SESSIONS_PER_CALLER="1")
     for number in range(20):
         events = await (await app.chat("x" * 5000, session_id=f"s-{number}")).events()
         assert events[-1]["status"] == "done"
-    assert (await on_session(app, "GET", "s-0")).status == 404
-    assert len(await remembered(app, "s-19")) == 2
+    assert (await request_session(app, "GET", "s-0")).status == 404
+    assert len(await read_messages(app, "s-19")) == 2
 
 
 # ---- full disks
@@ -522,7 +535,9 @@ async def test_on_a_full_disk_turns_end_deletion_and_expiry_work_and_chats_are_r
         assert (await stored_messages(store, "new-0"))[-1] == "ended"
 
         for number in range(1, 4):
+            size = size_of(file)
             await store.delete(CALLER, f"new-{number}")
+            assert size_of(file) < size or number == 1
         clock.now += TTL / 2
         await store.sweep()
         assert count_stored(file, "session") == 5
@@ -535,6 +550,22 @@ async def test_on_a_full_disk_turns_end_deletion_and_expiry_work_and_chats_are_r
             await store.check()
         filler.unlink()
         await store.check()
+
+
+async def test_sweep_shrinks_a_file_with_many_free_pages_on_a_full_disk(
+    disk: Path, clock: Clock
+) -> None:
+    file = disk / "chat.db"
+    async with open_store(file, clock, 100_000) as store:
+        for number in range(20):
+            await store_turns(store, f"s-{number}", make_turn("x" * 50_000, at=clock.now))
+        await store.sweep()
+        for number in range(10):
+            await store.delete(CALLER, f"s-{number}")
+        size = size_of(file)
+        fill_disk(disk)
+        await store.sweep()
+        assert size_of(file) < size * 0.7
 
 
 async def test_service_starts_on_a_full_disk_and_recovers(disk: Path, clock: Clock) -> None:
@@ -569,16 +600,18 @@ async def test_quota_that_the_file_system_does_not_report_is_noticed_at_the_firs
     async with open_store(file, clock, 100_000) as store:
         await store.check()
         await store_turns(store, "mine", make_turn(at=clock.now))
+        await store_turns(store, "other", make_turn(at=clock.now))
         session = await store.open(CALLER, "mine")
-        with file_size_limit(size_of(file.with_name("chat.db-wal"))):
+        with file_size_limit(size_of(file.with_name("chat.db-wal")) + 2**16):
             with raises("state_unavailable"):
-                await store.end(session, make_turn("lost", "x" * 50_000, at=clock.now))
+                await store.end(session, make_turn("lost", "x" * 99_000, at=clock.now))
             for _ in range(2):
                 with raises("state_unavailable") as failure:
                     await store.open(CALLER, "mine")
                 assert "full" in str(failure.value)
             with raises("state_unavailable"):
                 await store.check()
+            await store.delete(CALLER, "other")
         await store.check()
         await store_turns(store, "mine", make_turn("next", at=clock.now))
         assert await stored_messages(store, "mine") == ["Hi", "next"]

@@ -1,4 +1,4 @@
-"""The example of a web page, in a real Chromium, on an origin that is not the service's."""
+"""The example web page, in a real Chromium, on another origin than the service."""
 
 import os
 import subprocess
@@ -13,42 +13,41 @@ import pytest
 pytest.importorskip("playwright", reason="needs what `make test-all` installs")
 from playwright.async_api import async_playwright
 
-from tests.browser import Line
+from providers import NO_MODEL
+from tests.browser import Proxy
 from tests.conftest import StartService
-from tests.redis_server import find_program as program
+from tests.redis_server import find_program
 from tests.test_examples import EXAMPLES
 
 pytestmark = pytest.mark.slow
 
-MOCK = "This is a mock: no model is behind it. Set OPENAI_API_KEY to ask one. You said: "
 
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *told: object) -> None:
-        """Nothing on stderr."""
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Write nothing to stderr."""
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the page and its parser are, as examples/README.md has them served."""
+    """Serve the page and its parser as examples/README.md describes. Return the origin."""
     folder = tmp_path_factory.mktemp("served")
-    for name in ("ask.html", "package.json", "package-lock.json"):
+    for name in ("client.html", "package.json", "package-lock.json"):
         (folder / name).write_bytes((EXAMPLES / name).read_bytes())
-    installing = [program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    subprocess.run(installing, cwd=folder, check=True, capture_output=True)
-    handler = partial(Quiet, directory=str(folder))
+    install = [find_program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    subprocess.run(install, cwd=folder, check=True, capture_output=True)
+    handler = partial(QuietHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        serving = Thread(target=server.serve_forever)
-        serving.start()
+        thread = Thread(target=server.serve_forever)
+        thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-        serving.join()
+        thread.join()
 
 
 @pytest.fixture
 async def page() -> AsyncIterator[Any]:
-    chromium = program("chromium")
-    # As root, which CI is, Chromium does not start with its sandbox.
+    chromium = find_program("chromium")
+    # CI runs as root, where Chromium's sandbox does not work.
     args = ["--no-sandbox"] if os.geteuid() == 0 else []
     async with (
         async_playwright() as playwright,
@@ -57,70 +56,85 @@ async def page() -> AsyncIterator[Any]:
         yield await browser.new_page()
 
 
-async def ask(page: Any, origin: str, url: str, model: str, silence: float = 60) -> None:
-    await page.goto(f"{origin}/ask.html?url={url}&model={model}&silence={silence}")
+async def send(page: Any, origin: str, url: str, model: str, silence: float = 60) -> None:
+    await page.goto(f"{origin}/client.html?url={url}&model={model}&silence={silence}")
     await page.fill("input", "<b>Hello</b>")
-    await page.click("text=Ask")
+    await page.click("text=Send")
 
 
 async def ending(page: Any) -> tuple[str, str]:
-    """The answer and what is said of its end, once it has ended."""
+    """Wait for the end. Return the text, and what the page says about the end."""
     await page.wait_for_function("end.textContent")
-    return await page.text_content("#answer"), await page.text_content("#end")
+    return await page.text_content("#text"), await page.text_content("#end")
 
 
 @pytest.mark.parametrize(
     ("model", "text", "end"),
     [
-        ("echo", f"{MOCK}<b>Hello</b>", "done"),
+        ("echo", f"{NO_MODEL} You said: <b>Hello</b>", "done"),
         ("unicode", "naïve 日本語 👩‍👩‍👧 नमस्ते سلام e\u0301 line\u2028separator", "done"),
         ("lorem-0", "", "invalid_request: "),
         ("error-midstream", "This is mock/error-midstream, not a model ", "upstream_error: "),
     ],
 )
-async def test_the_page_deals_with_every_ending(
+async def test_page_shows_text_and_end_of_each_outcome(
     service: StartService, origin: str, page: Any, model: str, text: str, end: str
 ) -> None:
     app = await service(CORS_ORIGINS=origin)
-    await ask(page, origin, app.url, f"mock/{model}")
-    answer, told = await ending(page)
-    assert (answer, told[: len(end)]) == (text, end)
+    await send(page, origin, app.url, f"mock/{model}")
+    shown, message = await ending(page)
+    assert (shown, message[: len(end)]) == (text, end)
+
+
+async def test_page_retries_after_the_time_in_the_error(
+    service: StartService, origin: str, page: Any
+) -> None:
+    app = await service(CORS_ORIGINS=origin, RATE_LIMIT="1/second")
+    await send(page, origin, app.url, "mock/empty")
+    assert await ending(page) == ("", "done")
+    await send(page, origin, app.url, "mock/rate-limited")
+    assert (await ending(page))[1].startswith("upstream_unavailable: ")
+    entries = [entry for entry in app.log.requests() if entry["route"] == "/api/v1/chat"]
+    statuses = [entry["status"] for entry in entries if entry["method"] == "POST"]
+    assert statuses.count(503) + statuses.count(429) == 3
 
 
 async def test_stop_closes_the_connection(service: StartService, origin: str, page: Any) -> None:
     app = await service(CORS_ORIGINS=origin)
-    await ask(page, origin, app.url, "mock/slow")
-    await page.wait_for_function("answer.textContent")
+    await send(page, origin, app.url, "mock/slow")
+    await page.wait_for_function("text.textContent")
     await page.click("text=Stop")
-    assert (await ending(page))[1] == "stopped"
-    # Before it the browser asked whether the page may ask.
+    assert (await ending(page))[1] == "Stopped"
+    # The first request is the preflight request.
     assert (await app.log.wait_for_request(1))["outcome"] == "client_disconnected"
 
 
-async def test_a_cut_connection_is_not_taken_for_an_end(
+async def test_reset_connection_is_shown_as_lost(
     service: StartService, origin: str, page: Any
 ) -> None:
     app = await service(CORS_ORIGINS=origin)
-    line = Line(app.url)
-    await ask(page, origin, await line.listen(), "mock/slow")
-    await page.wait_for_function("answer.textContent")
-    line.cut()
-    assert (await ending(page))[1].startswith("The answer was cut off: ")
+    proxy = Proxy(app.url)
+    await send(page, origin, await proxy.listen(), "mock/slow")
+    await page.wait_for_function("text.textContent")
+    proxy.cut()
+    assert (await ending(page))[1].startswith("The connection was lost: ")
 
 
-async def test_a_silent_connection_is_given_up(
+async def test_silent_connection_is_shown_as_lost(
     service: StartService, origin: str, page: Any
 ) -> None:
-    # Not even the status line comes before an error would.
+    # The service sends nothing before the error, not even the status line.
     limits = {"HEARTBEAT_SECONDS": "60", "FIRST_TOKEN_TIMEOUT_SECONDS": "10"}
     app = await service(CORS_ORIGINS=origin, **limits)
-    await ask(page, origin, app.url, "mock/hang", silence=0.2)
-    assert await ending(page) == ("", "The answer was cut off: silence")
+    await send(page, origin, app.url, "mock/hang", silence=0.2)
+    assert await ending(page) == ("", "The connection was lost: silence")
     assert (await app.log.wait_for_request(1))["outcome"] == "client_disconnected"
 
 
-async def test_a_comment_is_a_sign_of_life(service: StartService, origin: str, page: Any) -> None:
+async def test_heartbeats_keep_the_connection(
+    service: StartService, origin: str, page: Any
+) -> None:
     limits = {"HEARTBEAT_SECONDS": "0.1", "FIRST_TOKEN_TIMEOUT_SECONDS": "3"}
     app = await service(CORS_ORIGINS=origin, **limits)
-    await ask(page, origin, app.url, "mock/hang", silence=2)
+    await send(page, origin, app.url, "mock/hang", silence=2)
     assert (await ending(page))[1].startswith("upstream_timeout: ")

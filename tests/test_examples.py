@@ -1,5 +1,4 @@
-"""The examples: each deals with every ending, and is short enough to copy; and the rehearsal, which
-says of a client where it does not."""
+"""The example clients handle every outcome, and `make test-client` finds clients that do not."""
 
 import re
 import socket
@@ -7,131 +6,186 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from providers import MockProvider
-from tests.redis_server import find_program as program
-from tools.rehearse import ENDINGS, Answer, Run, broken_off, faults, rehearse, run
+from tests.redis_server import find_program
+from tools.check_client import (
+    OUTCOMES,
+    Expected,
+    Run,
+    check,
+    find_faults,
+    find_missed_failure,
+    find_retry_faults,
+    run,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ASKING = sorted(path for path in EXAMPLES.iterdir() if path.stem == "ask")
+CLIENTS = sorted(EXAMPLES.glob("client.*"))
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("path", ASKING, ids=lambda path: path.name)
-def test_an_example_is_under_40_lines_of_code(path: Path) -> None:
+@pytest.mark.parametrize("path", CLIENTS, ids=lambda path: path.name)
+def test_example_has_fewer_than_60_lines_of_code(path: Path) -> None:
     text = re.sub(r"<!--.*?-->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     code = [line for line in text.splitlines() if not re.match(r"\s*(//.*|#.*)?$", line)]
-    assert 5 < len(code) < 40
+    assert 5 < len(code) < 60
 
 
-def test_every_ending_of_the_mock_is_rehearsed() -> None:
-    models = {ending.model.partition("/")[2] for ending in ENDINGS}
+def test_every_mock_model_has_an_outcome() -> None:
+    models = {outcome.model.partition("/")[2] for outcome in OUTCOMES}
     assert {re.sub("-[0-9]+$", "", each) for each in MockProvider.models} == {
         re.sub("-[0-9]+$", "", each) for each in models
     }
 
 
 @pytest.mark.parametrize(
-    ("expected", "done", "found"),
+    ("expected", "done", "faults"),
     [
-        (Answer("Hi ", None), Run(0, "Hi", "Hi\n", ""), ""),
-        (Answer("Hi", None), Run(1, "Hi", "Hi", "Oh\n"), "ended with 1, not 0: Oh"),
-        (Answer("Hi", None), Run(0, "Ho", "Ho", ""), "printed 'Ho', not 'Hi'"),
-        (Answer("Hi", "e"), Run(1, "Hi", "Hi", "e: no"), ""),
-        (Answer("Hi", "e"), Run(1, "Hi", "Hi", ""), "did not name e on stderr"),
-        (Answer("Hi", "e"), Run(0, "Hi", "Hi", "e"), "ended with 0, as if the answer were whole"),
-        (Answer("", "e"), Run(None, "", "", "e"), "did not end within 20 s"),
+        (Expected("Hi "), Run(0, "Hi", "Hi\n", ""), ""),
+        (Expected("Hi"), Run(1, "Hi", "Hi", "Oh\n"), "exited with 1, not 0: Oh"),
+        (Expected("Hi"), Run(0, "Ho", "Ho", ""), "printed 'Ho', not 'Hi'"),
+        (Expected("Hi", "e"), Run(1, "Hi", "Hi", "e: no"), ""),
+        (Expected("Hi", "e"), Run(1, "Hi", "Hi", ""), "did not name e on stderr"),
+        (
+            Expected("Hi", "e"),
+            Run(0, "Hi", "Hi", "e"),
+            "exited with 0, although the response is incomplete",
+        ),
+        (Expected("", "e"), Run(None, "", "", "e"), "did not exit within 20 s"),
     ],
 )
-def test_what_a_client_did_wrong_is_named(expected: Answer, done: Run, found: str) -> None:
-    assert "; ".join(faults(expected, done)) == found
+def test_faults_of_a_client_are_found(expected: Expected, done: Run, faults: str) -> None:
+    assert "; ".join(find_faults(expected, done)) == faults
 
 
-def test_a_client_has_to_see_that_an_answer_broke_off() -> None:
-    assert broken_off(Run(1, "", "", "")) == []
-    assert broken_off(Run(0, "", "", "")) == ["ended with 0, as if the answer were whole"]
+def test_client_has_to_notice_an_incomplete_response() -> None:
+    assert find_missed_failure(Run(1, "", "", "")) == []
+    assert find_missed_failure(Run(0, "", "", "")) == [
+        "exited with 0, although the response is incomplete"
+    ]
 
 
-async def wrong(*command: str) -> dict[str, list[str]]:
-    """The endings with which a client does not deal."""
-    return {what: found async for what, found in rehearse(list(command)) if found}
+def request(seconds: int) -> dict[str, Any]:
+    """Return the log line of a request of half a second that ended at this time."""
+    return {"time": f"2026-01-01T00:00:0{seconds}.500+00:00", "duration_ms": 500}
 
 
-def with_python(folder: Path) -> list[str]:
-    return [sys.executable, f"{EXAMPLES}/ask.py"]
+@pytest.mark.parametrize(
+    ("expected", "requests", "faults"),
+    [
+        (Expected("", "e"), [request(0)], ""),
+        (
+            Expected("", "e"),
+            [request(0), request(1)],
+            "retried, although the error is not retryable",
+        ),
+        (Expected("", "e", retryable=True), [request(0), request(1)], ""),
+        (Expected("", "e", True, 2), [request(0), request(3)], ""),
+        (
+            Expected("", "e", True, 2),
+            [request(0), request(3), request(5)],
+            "retried after 1.5 s, not after 2 s",
+        ),
+        (
+            Expected("Hi", "e", retryable=True),
+            [request(0), request(1)],
+            "retried after text: the session has a second turn",
+        ),
+    ],
+)
+def test_faulty_retries_are_found(
+    expected: Expected, requests: list[dict[str, Any]], faults: str
+) -> None:
+    assert "; ".join(find_retry_faults(expected, requests)) == faults
 
 
-def with_curl(folder: Path) -> list[str]:
+async def failed_tests(*command: str) -> dict[str, list[str]]:
+    """Test a client. Return the failed tests and their faults."""
+    return {name: faults async for name, faults in check(list(command)) if faults}
+
+
+def python_client(folder: Path) -> list[str]:
+    return [sys.executable, f"{EXAMPLES}/client.py"]
+
+
+def curl_client(folder: Path) -> list[str]:
     for needed in ("curl", "jq"):
-        program(needed)
-    return [program("sh"), f"{EXAMPLES}/ask.sh"]
+        find_program(needed)
+    return [find_program("sh"), f"{EXAMPLES}/client.sh"]
 
 
-def with_node(folder: Path) -> list[str]:
-    return [program("node"), f"{EXAMPLES}/ask.mjs"]
+def node_client(folder: Path) -> list[str]:
+    return [find_program("node"), f"{EXAMPLES}/client.mjs"]
 
 
-def with_go(folder: Path) -> list[str]:
-    built = f"{folder}/ask"
-    subprocess.run([program("go"), "build", "-o", built, f"{EXAMPLES}/ask.go"], check=True)
-    return [built]
-
-
-@slow
-@pytest.mark.parametrize("command", [with_python, with_curl, with_node, with_go])
-async def test_an_example_deals_with_every_ending(
-    command: Callable[[Path], list[str]], tmp_path: Path
-) -> None:
-    assert await wrong(*command(tmp_path)) == {}
+def go_client(folder: Path) -> list[str]:
+    client = f"{folder}/client"
+    source = f"{EXAMPLES}/client.go"
+    subprocess.run([find_program("go"), "build", "-o", client, source], check=True)
+    return [client]
 
 
 @slow
-@pytest.mark.parametrize("command", [with_python, with_curl, with_node, with_go])
-async def test_an_example_says_that_the_service_is_not_there(
+@pytest.mark.parametrize("command", [python_client, curl_client, node_client, go_client])
+async def test_example_handles_every_outcome(
     command: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))  # and does not listen: the port refuses
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+    assert await failed_tests(*command(tmp_path)) == {}
+
+
+@slow
+@pytest.mark.parametrize("command", [python_client, curl_client, node_client, go_client])
+async def test_example_reports_that_it_cannot_connect(
+    command: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # does not listen: connections are refused
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         done = await run(command(tmp_path), url, "mock/echo")
     assert done.status
-    assert re.search("could not be reached: .*refused|curl: .7. Failed to connect", done.told, re.I)
-    assert "cut off" not in done.told
+    message = "Cannot connect to the service: .*refused|curl: .7. Failed to connect"
+    assert re.search(message, done.stderr, re.I)
+    assert "connection was lost" not in done.stderr
 
 
-# Waits for the end, however long, splits lines as Python's text does and after 64 KiB, takes any
-# answer for a whole one, does not let itself be stopped.
-CARELESS = """
+# Waits for the end of the response, decodes it wrongly, splits lines after 64 KiB, ignores errors
+# and SIGINT, and retries at once.
+CARELESS_CLIENT = """
 import json, os, signal, urllib.error, urllib.request
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 body = json.dumps({"message": os.environ["CHAT_MESSAGE"], "model_id": os.environ["CHAT_MODEL"]})
 request = urllib.request.Request(os.environ["CHAT_URL"] + "/api/v1/chat", body.encode())
 request.add_header("Content-Type", "application/json")
 text = ""
-try:
-    with urllib.request.urlopen(request) as reply:
-        for line in iter(lambda: reply.readline(2**16), b""):
-            for part in line.decode().splitlines():
+for attempt in (1, 2):
+    try:
+        with urllib.request.urlopen(request) as response:
+            for line in iter(lambda: response.readline(2**16), b""):
                 try:
-                    text += json.loads(part.removeprefix("data: ")).get("chunk", "")
+                    text += json.loads(line.decode("latin-1")[6:]).get("chunk", "")
                 except ValueError:
                     pass
-except OSError:
-    pass
+        break
+    except OSError:
+        pass
 print(text)
 """
 
 
 @slow
-async def test_a_careless_client_is_found_out() -> None:
-    found = await wrong(sys.executable, "-c", CARELESS)
-    [unicode] = found.pop("mock/unicode: done")
-    assert unicode.startswith("printed 'naïve")
-    [large] = found.pop("a chunk of 100 kB: done")
-    assert large.startswith("printed 'This is a mock")
-    whole = "ended with 0, as if the answer were whole"
+async def test_careless_client_fails() -> None:
+    failed = await failed_tests(sys.executable, "-c", CARELESS_CLIENT)
+    [unicode] = failed.pop("mock/unicode: done")
+    assert unicode.startswith("printed 'naÃ¯ve")
+    [large] = failed.pop("a chunk of 100 kB: done")
+    assert large.startswith("printed 'This is the mock")
+    early = failed["mock/rate-limited: upstream_unavailable"].pop()
+    assert re.fullmatch(r"retried after 0\.\d s, not after 2 s", early)
+    missed = "exited with 0, although the response is incomplete"
     codes = {
         "lorem-0": "invalid_request",
         "error": "upstream_error",
@@ -140,13 +194,14 @@ async def test_a_careless_client_is_found_out() -> None:
         "error-midstream": "upstream_error",
         "truncated": "upstream_incomplete",
     }
-    assert found == {
-        "mock/slow: done": ["showed nothing before the answer was whole"],
-        **{
-            f"mock/{model}: {code}": [whole, f"did not name {code} on stderr"]
-            for model, code in codes.items()
-        },
-        "stopped by SIGINT": [whole, "did not stop its answer"],
-        "the connection is silent": ["did not end within 20 s"],
-        "the connection is cut": [whole],
+    expected = {
+        f"mock/{model}: {code}": [missed, f"did not name {code} on stderr"]
+        for model, code in codes.items()
+    }
+    expected["mock/lorem-0: invalid_request"].append("retried, although the error is not retryable")
+    assert failed == expected | {
+        "mock/slow: done": ["printed nothing before the response was complete"],
+        "stopped by SIGINT": [missed, "did not close the connection"],
+        "the connection is silent": ["did not exit within 20 s"],
+        "the connection is reset": [missed],
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import anyio
 import pytest
 
+from providers import MAX_ERROR_BYTES
 from tests.faults import STATUS, expected_level, get_outcome, read_to_end, run_scenario
 from tests.test_retries import create_params
 from tests.upstream import (
@@ -203,11 +204,11 @@ STREAMS: dict[str, Fault] = {
     ),
     "refused": fails(error_event(code="content_filter"), "content_refused", retryable=False),
     "error_after_finish": ends(FINISH, error_event(message="no"), outcome="upstream_error"),
-    "done_without_finish": ends(DONE),
     "finish_without_done": ends(FINISH),
     "done_twice": ends(FINISH, DONE, DONE),
-    "text_after_done": ends(DONE, delta("more"), DONE),
+    "text_after_done": ends(FINISH, DONE, delta("more"), DONE),
     "reset_after_done": Fault(send_and_reset(http_chunks(FINISH, DONE)), "done"),
+    "reset_after_finish": Fault(send_and_reset(http_chunk(FINISH)), "done"),
     "open_after_done": Fault(send(http_chunks(FINISH, DONE)), "done"),
     "open_after_finish": Fault(send(http_chunk(FINISH)), "done"),
     "invalid_usage": ends(
@@ -236,7 +237,9 @@ async def test_stream_that_fails_before_its_first_chunk_has_a_status(fault: Faul
     await check(fault, opening=b": hello\n\n")
 
 
-@pytest.mark.parametrize("fault", STREAM_PARAMS)
+@pytest.mark.parametrize(
+    "fault", [*STREAM_PARAMS, pytest.param(ends(DONE), id="done_without_finish", marks=slow)]
+)
 async def test_stream_that_fails_after_its_first_chunk_ends_with_an_event(fault: Fault) -> None:
     if fault.outcome == "upstream_timeout":
         fault = replace(fault, env={"IDLE_TIMEOUT_SECONDS": "0.3", "HEARTBEAT_SECONDS": "0.2"})
@@ -253,7 +256,7 @@ async def test_stream_of_endless_reasoning_ends_at_the_total_timeout() -> None:
     ("opening", "outcomes"),
     [
         pytest.param([], {"upstream_error"}, id="before_finish"),
-        # After its finish_reason the response is complete, whatever follows.
+        # After its finish_reason the response is complete, also if more follows.
         pytest.param([FINISH], {"done", "upstream_error"}, id="after_finish", marks=slow),
     ],
 )
@@ -313,15 +316,13 @@ def error_body(**error: object) -> bytes:
 
 COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
 EVENTS, GZIP = "content-type: text/event-stream", "content-encoding: gzip"
+HTML_503 = b"HTTP/1.1 503 Busy\r\ncontent-type: text/html\r\ncontent-length: 9999999\r\n\r\n"
 LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 1000\r\n"
 
 RESPONSES: dict[str, Fault] = {
     "html": responds(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
     "json_completion": responds(200, COMPLETION),
-    "json_completion_as_event_stream": responds(
-        200, COMPLETION, EVENTS, outcome="upstream_incomplete", retryable=True
-    ),
-    # Only an error member makes an error of it, whatever its message.
+    # Without a member `error`, its message does not make it an error.
     "json_object": responds(200, b'{"message":"The context window is open."}'),
     "json_list": responds(200, b"[1]"),
     "malformed_json": responds(200, b"{"),
@@ -343,7 +344,10 @@ RESPONSES: dict[str, Fault] = {
     "redirect": responds(307, b"", "location: /v1/elsewhere"),
     "reason_not_utf8": Fault(send(HEAD.replace(b"OK", b"\xff"), http_chunks(FINISH, DONE)), "done"),
     "invalid_http_chunk_size": Fault(send(HEAD, b"zz\r\n")),
-    "empty_stream": Fault(send(HEAD, END), "upstream_incomplete", reusable=True),
+    "stream_without_events": Fault(send(HEAD, END), "upstream_incomplete", reusable=True),
+    "stream_without_choices": Fault(
+        send(HEAD, http_chunk(DONE), END), "upstream_incomplete", reusable=True
+    ),
     "204": Fault(send(b"HTTP/1.1 204 No Content\r\n\r\n"), retryable=False, reusable=True),
     "299": responds(299),
     "400": responds(400),
@@ -378,6 +382,9 @@ RESPONSES: dict[str, Fault] = {
         502, b"<html>Bad gateway</html>", "content-type: text/html", retryable=True
     ),
     "503": busy(503, "retry-after: 3", retry_after=3),
+    "503_html_that_does_not_end": Fault(
+        send(HTML_503, b"x" * (MAX_ERROR_BYTES + 1)), "upstream_unavailable"
+    ),
     "503_gzip": responds(
         503, gzip.compress(b"busy"), GZIP, outcome="upstream_unavailable", retryable=True
     ),

@@ -1,4 +1,4 @@
-"""The service as a process of its own: stopped, killed, out of disk, refused a start."""
+"""Stored turns survive when the process is stopped, killed or out of disk space."""
 
 import asyncio
 import json
@@ -25,14 +25,23 @@ import h11
 import pytest
 
 from tests.conftest import TIMEOUT_SECONDS, Log, RunningService, StartUpstream, openai_env
-from tests.test_conversations import echo, echoed, provider_messages, read_messages, request_session
-from tests.upstream import DONE, END, Connection, delta
+from tests.test_conversations import (
+    echo,
+    echoed,
+    finish,
+    provider_messages,
+    read_messages,
+    request_session,
+    wait_after_text,
+)
+from tests.upstream import Connection, delta
 
+slow = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
 def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
-    """All that the process is told; nothing of what this one was."""
+    """Return the environment of a service with sessions in `file`, without this process's own."""
     return {
         "PYTHONPATH": str(ROOT),
         "PORT": "0",
@@ -46,10 +55,9 @@ def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
 async def running_process(
     file: Path, env: dict[str, str], program: Sequence[str] = ("-m", "service")
 ) -> AsyncIterator[tuple[RunningService, asyncio.subprocess.Process]]:
-    """`python -m service`, listening. Killed at the end of the block if it still runs."""
+    """Run the service in its own process, with sessions in `file`. Kill it at the end."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *program,
+        *(sys.executable, *program),
         cwd=file.parent,
         env=environment(file, env),
         stdout=subprocess.PIPE,
@@ -58,7 +66,7 @@ async def running_process(
     async with asyncio.timeout(TIMEOUT_SECONDS):
         line = json.loads(await process.stdout.readline())
     running = RunningService(line["url"], Log())
-    # Its log has to be read, or it would wait for that once the pipe is full.
+    # The service would block once the pipe is full.
     reading = asyncio.create_task(process.stdout.read())
     try:
         yield running, process
@@ -71,45 +79,42 @@ async def running_process(
         await reading
 
 
-def names(directory: Path) -> set[str]:
+def file_names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-async def said_to_the_end(app: RunningService, message: str, session_id: str) -> str:
-    """The status of the answer's last event."""
+async def chat_to_end(app: RunningService, message: str, session_id: str) -> str:
+    """Return the status of the terminal event."""
     status: str = (await (await app.chat(message, session_id=session_id)).events())[-1]["status"]
     return status
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_conversation_goes_on_after_a_stop_and_after_a_kill_in_the_middle_of_an_answer(
-    upstream: StartUpstream, tmp_path: Path, how: signal.Signals
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+async def test_conversation_continues_after_the_process_ended(
+    upstream: StartUpstream, tmp_path: Path, sign: signal.Signals
 ) -> None:
     provider = await upstream(echo)
     file = tmp_path / "chat.db"
     env = openai_env(provider.url, SYSTEM_PROMPT="Be brief.")
     async with running_process(file, env) as (app, process):
-        assert await said_to_the_end(app, "one", "mine") == "done"
-        if how is signal.SIGKILL:
-
-            async def hold(request: Connection) -> None:
-                await request.stream(delta("You sa"))
-
-            provider.script = hold
+        assert await chat_to_end(app, "one", "mine") == "done"
+        if sign is signal.SIGKILL:
+            provider.script = wait_after_text
             assert (await (await app.chat("lost", session_id="mine")).event())["chunk"] == "You sa"
             provider.script = echo
-        process.send_signal(how)
+        process.send_signal(sign)
         await process.wait()
-        # What a stop leaves is one file with everything in it.
-        assert names(tmp_path) == {"chat.db"} or how is signal.SIGKILL
+        if sign is signal.SIGTERM:
+            # A stopped service leaves everything in one file, besides an empty one for its lock.
+            assert file_names(tmp_path) == {"chat.db", "chat.db.lock"}
     async with running_process(file, env) as (app, _):
         assert await read_messages(app, "mine") == echoed("one")
-        assert await said_to_the_end(app, "two", "mine") == "done"
-        assert await said_to_the_end(app, "three", "mine") == "done"
+        assert await chat_to_end(app, "two", "mine") == "done"
+        assert await chat_to_end(app, "three", "mine") == "done"
         assert await read_messages(app, "mine") == echoed("one", "two", "three")
     system = ("system", "Be brief.", True)
-    whole = [each for each in provider.requests if each.body["messages"][-1]["content"] != "lost"]
-    assert [request.body["messages"] for request in whole] == [
+    bodies = [request.body["messages"] for request in provider.requests]
+    assert [messages for messages in bodies if messages[-1]["content"] != "lost"] == [
         provider_messages(system, ("user", "one", True)),
         provider_messages(system, *echoed("one"), ("user", "two", True)),
         provider_messages(system, *echoed("one", "two"), ("user", "three", True)),
@@ -118,61 +123,61 @@ async def test_a_conversation_goes_on_after_a_stop_and_after_a_kill_in_the_middl
 
 @dataclass
 class Countdown:
-    """Acts `seconds` after it was called for the `left`th time."""
+    """Calls `act` some seconds after it was itself called for the `count`th time."""
 
-    left: int
+    count: int
     seconds: float
     act: Callable[[], None]
 
     def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.count -= 1
+        if self.count == 0:
             asyncio.get_running_loop().call_later(self.seconds, self.act)
 
 
 @dataclass
-class Talk:
-    """What one client said in a session, and of which of it it was told that it is done."""
+class Conversation:
+    """One client's session: the messages it sent, and those whose response was done."""
 
     session_id: str | None
-    asked: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
-    in_the_middle: bool = False
+    in_response: bool = False
 
-    async def go_on(self, app: RunningService, heard: Callable[[], None]) -> None:
-        """One message after the other, until the service dies."""
+    async def run(self, app: RunningService, on_event: Callable[[], None]) -> None:
+        """Send one message after the other until the service dies."""
         with suppress(OSError, h11.RemoteProtocolError):
             while True:
-                self.in_the_middle = False
-                message = f"This is a message and it has the number {len(self.asked)}"
-                self.asked.append(message)
+                self.in_response = False
+                message = f"This is a message and it has the number {len(self.sent)}"
+                self.sent.append(message)
                 reply = await app.chat(message, session_id=self.session_id)
                 self.session_id = reply.headers["x-session-id"]
                 while (event := await reply.event()) is not None:
-                    self.in_the_middle = event.get("status") is None
-                    heard()
-                    if not self.in_the_middle:
+                    self.in_response = event.get("status") is None
+                    on_event()
+                    if not self.in_response:
                         assert event["status"] == "done"
                         self.done.append(message)
 
     async def check(self, app: RunningService) -> None:
-        """All that was done is remembered, of the last message all or nothing, and nothing else."""
+        """Check that every turn that was done is stored, and of the last turn all or nothing."""
         if self.session_id is None:
             return
         reply = await request_session(app, "GET", self.session_id)
         if reply.status == 404:
-            # An issued id, whose first answer never ended.
+            # The session's id was issued, but its first response never ended.
             assert self.done == []
             return
         messages = (await reply.json())["messages"]
-        kept = [(each["role"], each["content"], each["complete"]) for each in messages]
-        assert kept in (echoed(*self.done), echoed(*self.asked))
-        self.done = [content for role, content, _ in kept if role == "user"]
-        self.asked = [*self.done]
+        stored = [(each["role"], each["content"], each["complete"]) for each in messages]
+        assert stored in (echoed(*self.done), echoed(*self.sent))
+        self.done = [content for role, content, _ in stored if role == "user"]
+        self.sent = [*self.done]
 
 
 def check_integrity(file: Path, directory: Path) -> None:
-    """In a copy: to open the file would mend it before the service had to."""
+    """Check a copy of the database: opening the file would recover it before the service does."""
     directory.mkdir()
     for path in (file, file.with_name("chat.db-wal")):
         shutil.copy(path, directory)
@@ -181,60 +186,59 @@ def check_integrity(file: Path, directory: Path) -> None:
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-# A hundred in all, in tests of less than a minute.
-TEN_TIMES_TEN = [pytest.param(10, marks=pytest.mark.slow, id=f"10-{n}") for n in range(10)]
+# A hundred kills, in tests that end in time on a slow machine.
+KILLS = [3, *(pytest.param(5, marks=slow, id=f"5-{number}") for number in range(20))]
 
 
-@pytest.mark.parametrize("kills", [5, *TEN_TIMES_TEN])
-async def test_whatever_a_client_was_told_is_done_outlives_a_kill_and_nothing_is_half_there(
+@pytest.mark.parametrize("kills", KILLS)
+async def test_turns_that_were_done_survive_kills_and_no_turn_is_stored_in_part(
     upstream: StartUpstream, tmp_path: Path, kills: int
 ) -> None:
     seed = random.randrange(2**32)
-    print(f"seed {seed}")  # noqa: T201 - pytest shows it where the test fails
+    print(f"seed {seed}")  # noqa: T201 - pytest shows it if the test fails
     dice = random.Random(seed)
 
-    async def word_by_word(request: Connection) -> None:
-        """What `echo` says, held until the next request comes: one is always in the middle."""
-        after = len(provider.requests)
+    async def echo_by_word(request: Connection) -> None:
+        """Echo, but wait for the next request, so that one response is always in progress."""
+        next_request = len(provider.requests)
         await request.stream(delta("You"), delta(" said"))
-        await provider.wait_for_request(after)
+        await provider.wait_for_request(next_request)
         if request.closed.is_set():
             return
         for word in request.body["messages"][-1]["content"].split(" "):
             await request.send_events(delta(f" {word}"))
-        await request.send_events(delta(finish_reason="stop"), DONE)
-        await request.send(END)
+        await finish(request)
 
-    provider = await upstream(word_by_word)
+    provider = await upstream(echo_by_word)
     env = openai_env(provider.url)
     file = tmp_path / "chat.db"
-    talks: list[Talk] = []
-    cut = 0
-    for kill in range(kills + 1):
+    conversations: list[Conversation] = []
+    interrupted = 0
+    for kill in range(kills):
         async with running_process(file, env) as (app, process):
-            # Those of the last kill; in the end all.
-            for talk in talks if kill == kills else talks[-4:]:
-                await talk.check(app)
-            if kill == kills:
-                break
-            # One session goes on after the kill, two are chosen, two issued.
-            talking = [Talk(f"t-{kill}-0"), Talk(f"t-{kill}-1"), Talk(None), Talk(None)]
-            talking[:1] = talks[-4:-3] or talking[:1]
-            heard = Countdown(dice.randrange(1, 200), dice.uniform(0, 0.005), process.kill)
+            for conversation in conversations[-4:]:
+                await conversation.check(app)
+            # One session continues after the kill. Of the new ones, one or two have a chosen id.
+            running = [Conversation(f"{kill}-0"), Conversation(f"{kill}-1")]
+            running += [Conversation(None), Conversation(None)]
+            running[:1] = conversations[-4:-3] or running[:1]
+            on_event = Countdown(dice.randrange(1, 200), dice.uniform(0, 0.005), process.kill)
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                await asyncio.gather(*(talk.go_on(app, heard) for talk in talking))
+                await asyncio.gather(*(each.run(app, on_event) for each in running))
             assert await process.wait() == -signal.SIGKILL
-        cut += any(talk.in_the_middle for talk in talking)
-        talks += talking
+        interrupted += any(each.in_response for each in running)
+        conversations += running
         check_integrity(file, tmp_path / f"after-{kill}")
-    assert cut, "none in the middle of an answer"
-    assert any(talk.done for talk in talks)
-    print(f"{cut} of {kills} in the middle, {sum(len(talk.done) for talk in talks)} turns kept")  # noqa: T201
+    async with running_process(file, env) as (app, _):
+        for conversation in conversations:
+            await conversation.check(app)
+    assert interrupted, "no kill interrupted a response"
+    assert any(conversation.done for conversation in conversations)
 
 
 @contextmanager
-def no_larger_file(process: asyncio.subprocess.Process, directory: Path) -> Iterator[None]:
-    """What the process writes may not grow, which needs no privilege and harms nobody else."""
+def limited_file_size(process: asyncio.subprocess.Process, directory: Path) -> Iterator[None]:
+    """Let no file of the process grow. This needs no privilege and affects no other process."""
     limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     size = (directory / "chat.db-wal").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -243,8 +247,7 @@ def no_larger_file(process: asyncio.subprocess.Process, directory: Path) -> Iter
 
 
 @contextmanager
-def no_space_left(process: asyncio.subprocess.Process, directory: Path) -> Iterator[None]:
-    """The disk is full."""
+def full_disk(process: asyncio.subprocess.Process, directory: Path) -> Iterator[None]:
     filler = directory / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -255,63 +258,48 @@ def no_space_left(process: asyncio.subprocess.Process, directory: Path) -> Itera
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
-    """A disk of one megabyte at `directory`."""
+    """Mount a disk of 1 MiB at `directory`."""
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
     mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode != 0:
-        pytest.skip(f"this user may not mount a disk: {mounted.stderr.decode().strip()}")
-    yield
-    subprocess.run(["umount", directory], check=True)
+        pytest.skip(f"this user cannot mount a disk: {mounted.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
 
 
 @pytest.mark.parametrize(
-    ("disk", "full"),
-    [
-        (nullcontext, no_larger_file),
-        pytest.param(small_disk, no_space_left, marks=pytest.mark.slow),
-    ],
+    ("disk", "exhausted"),
+    [(nullcontext, limited_file_size), pytest.param(small_disk, full_disk, marks=slow)],
 )
-async def test_while_the_disk_is_full_answers_end_in_errors_and_afterwards_all_is_well(
+async def test_full_disk_rejects_chats_until_there_is_space(
     upstream: StartUpstream,
     tmp_path: Path,
     disk: Callable[[Path], AbstractContextManager[None]],
-    full: Callable[[asyncio.subprocess.Process, Path], AbstractContextManager[None]],
+    exhausted: Callable[[asyncio.subprocess.Process, Path], AbstractContextManager[None]],
 ) -> None:
     provider = await upstream(echo)
     file = tmp_path / "chat.db"
     with disk(tmp_path):
         async with running_process(file, openai_env(provider.url)) as (app, process):
-            assert await said_to_the_end(app, "one", "mine") == "done"
-            with full(process, tmp_path):
-                events = await (await app.chat("two", session_id="mine")).events()
-                assert [each.get("chunk") for each in events] == ["You said ", "two", None]
-                assert events[-1]["error"]["code"] == "state_unavailable"
-                unsaid = await app.chat("two", session_id="new")
-                assert await unsaid.status_and_code() == (503, "state_unavailable")
+            assert await chat_to_end(app, "one", "mine") == "done"
+            with exhausted(process, tmp_path):
+                if exhausted is limited_file_size:
+                    # The service does not see this limit before a write fails.
+                    await (await app.chat("x" * 8000, session_id="lost")).body()
+                requests = len(provider.requests)
+                for session_id in ("mine", "new", None):
+                    rejected = await app.chat("two", session_id=session_id)
+                    assert await rejected.status_and_code() == (503, "state_unavailable")
+                assert len(provider.requests) == requests
+                assert (await app.get("/readyz")).status == 503
                 assert await read_messages(app, "mine") == echoed("one")
-            assert await said_to_the_end(app, "three", "mine") == "done"
-            assert await said_to_the_end(app, "two", "new") == "done"
+            assert await chat_to_end(app, "three", "mine") == "done"
+            assert await chat_to_end(app, "two", "new") == "done"
             assert await read_messages(app, "mine") == echoed("one", "three")
             process.kill()
             await process.wait()
         check_integrity(file, tmp_path / "copy")
         async with running_process(file, openai_env(provider.url)) as (app, _):
             assert await read_messages(app, "mine") == echoed("one", "three")
-
-
-def test_a_state_url_that_cannot_be_used_ends_the_process_with_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "missing" / "chat.db"
-    ended = subprocess.run(
-        [sys.executable, "-m", "service"],
-        cwd=tmp_path,
-        env=environment(file, {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"chat-sidecar can't start: STATE_URL: {file} ")
-    assert "sqlite:///PATH" in line
-    # As for every setting at fault.
-    assert ended.returncode == 2
-    assert ended.stdout == ""

@@ -46,14 +46,15 @@ async def test_documented_routes_are_the_routes_of_the_app() -> None:
     while isinstance(app, RequestContext | TrustedHostMiddleware):
         app = app.app
     routes = {(route.path, method) for route in app.routes for method in route.methods - {"HEAD"}}
+    # The files of the playground are not part of the API.
+    routes = {(path, method) for path, method in routes if not path.endswith((".css", ".js"))}
     assert {(path, method) for path, method, _ in operations()} == routes
 
 
-@pytest.mark.parametrize("code", KINDS)
+# These two errors are for routes and methods that are not documented.
+@pytest.mark.parametrize("code", sorted(KINDS.keys() - {"not_found", "method_not_allowed"}))
 def test_every_error_code_is_documented_under_its_status(code: Code) -> None:
     responses = [each for *_, operation in operations() for each in operation["responses"].items()]
-    others = document()["components"]["responses"].values()
-    responses += zip(("404", "405"), others, strict=True)
     status = str(KINDS[code].status)
     texts = [response["description"] for number, response in responses if number == status]
     assert any(f"`{code}`: {MEANINGS[code]}" in text for text in texts)

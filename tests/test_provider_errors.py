@@ -138,6 +138,30 @@ RESPONSES: dict[str, tuple[int, object, str, bool]] = {
         False,
     ),
     "exhausted pool": (500, message("All load balancers exhausted"), "upstream_error", True),
+    "401 that mentions a rate limit": (
+        401,
+        message("Unknown key. Unknown keys have a rate limit of 0."),
+        "upstream_error",
+        False,
+    ),
+    "401 that mentions a policy": (
+        401,
+        message("Unknown key. See our content policy."),
+        "upstream_error",
+        False,
+    ),
+    "429 that mentions tokens": (
+        429,
+        message("Too many tokens, wait before you try again."),
+        "upstream_unavailable",
+        True,
+    ),
+    "403 that mentions the context": (
+        403,
+        message("Your plan does not include the maximum context length."),
+        "upstream_error",
+        False,
+    ),
     "data policy": (404, message("No endpoints match your data policy"), "upstream_error", False),
     "closed account": (
         403,
@@ -347,7 +371,7 @@ REASONS: dict[str, tuple[int, object, str]] = {
 
 
 @pytest.mark.parametrize(("status", "body", "reason"), REASONS.values(), ids=REASONS)
-def test_reason_tells_the_operator_what_is_wrong(status: int, body: object, reason: str) -> None:
+def test_reason_names_the_cause_for_the_operator(status: int, body: object, reason: str) -> None:
     assert classify_error(status, body, model="m-2").reason == reason
 
 

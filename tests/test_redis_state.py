@@ -383,7 +383,7 @@ async def test_chat_request_makes_at_most_three_round_trips(
                 seen.append(each)
             # Commands called by scripts are not round trips.
             trips.append([e["command"].split()[0] for e in seen if e["client_type"] != "lua"])
-    assert trips == [["EVAL"] * 3, ["EVAL"] * 2]
+    assert trips == [["EVAL"] * 3] * 2
 
 
 async def expect_unavailable(app: RunningService) -> None:
@@ -449,33 +449,45 @@ async def test_service_recovers_after_redis_was_paused(
     assert await read_messages(app, "mine") == echoed("one")
 
 
-async def test_full_redis_rejects_chats_and_lets_running_ones_end(
-    service: StartService, upstream: StartUpstream, own_redis: RedisServer
+@pytest.mark.parametrize("rate_limit", ["100/day", "off"])
+async def test_full_redis_rejects_chats_while_running_ones_end_and_deletion_works(
+    service: StartService, upstream: StartUpstream, own_redis: RedisServer, rate_limit: str
 ) -> None:
-    provider = await upstream(hold)
-    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="3/day"))
-    running = await app.chat("begun", session_id="mine")
+    provider = await upstream(echo)
+    env = openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT=rate_limit)
+    app = await service(**env)
+    assert await outcome(app.chat("one", session_id="other")) == "done"
+    provider.script = hold
+    running = [await app.chat("started", session_id=name) for name in ("mine", None)]
     with own_redis.full():
-        for _ in range(3):
-            reply = await app.chat("lost", session_id="other")
-            assert reply.headers["retry-after"] == "1"
-            assert await reply.status_and_code() == (503, "state_unavailable")
-        await finish(await provider.wait_for_request())
-        assert (await running.events())[-1]["status"] == "done"
+        for session_id in ("other", "new", None):
+            reply = await app.chat("rejected", session_id=session_id)
+            assert reply.headers["retry-after"] == "5"
+            error = await reply.error()
+            assert (reply.status, error["code"]) == (503, "state_unavailable")
+            assert "full" in error["message"]
+        assert len(provider.requests) == 3
+        assert (await app.get("/readyz")).status == 503
+        assert await read_messages(app, "other") == echoed("one")
+        assert (await request_session(app, "DELETE", "other")).status == 204
+        for number, reply in enumerate(running, 1):
+            await finish(await provider.wait_for_request(number))
+            assert (await reply.events())[-1]["status"] == "done"
+    assert (await app.get("/readyz")).status == 200
     provider.script = echo
     assert await outcome(app.chat("next", session_id="mine")) == "done"
-    assert await outcome(app.chat("last", session_id="mine")) == "done"
-    assert (await app.chat("too many", session_id="mine")).status == 429
+    assert await outcome(app.chat("next")) == "done"
 
 
-async def test_new_session_that_cannot_be_stored_in_full_redis_ends_with_an_error(
+async def test_full_redis_does_not_lift_the_rate_limit(
     service: StartService, upstream: StartUpstream, own_redis: RedisServer
 ) -> None:
     provider = await upstream(echo)
-    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="off"))
+    app = await service(**openai_env(provider.url, STATE_URL=own_redis.url, RATE_LIMIT="3/day"))
     with own_redis.full():
-        assert await outcome(app.chat("lost")) == "state_unavailable"
-    assert await outcome(app.chat("kept")) == "done"
+        statuses = [(await app.chat("Hi")).status for _ in range(4)]
+    assert statuses == [503, 503, 503, 429]
+    assert (await app.chat("Hi")).status == 429
 
 
 async def test_service_works_with_slow_redis_and_recovers_after_lost_replies(

@@ -237,6 +237,7 @@ async def test_chat_is_reported_in_the_log_and_the_metrics(relay: StartRelay) ->
                 "provider_request_id": "up_1",
                 "error": None,
                 "cause": None,
+                "reason": None,
             }
         ],
         "chunks": 2,
@@ -403,7 +404,7 @@ def test_json_line_is_one_line_of_ascii_with_all_fields(
 @example("\x1b[2J\u202e\r\n")
 def test_text_line_is_one_line_of_ascii(text: str) -> None:
     for line in (
-        format_line(TextFormatter(), text),
+        format_line(TextFormatter(), f"Look at {text}"),
         format_line(TextFormatter(), "request", {**REQUEST, "model": text}),
     ):
         assert re.fullmatch("[ -~]*", line)

@@ -1,25 +1,26 @@
-"""Asks, and prints the answer as it comes. Needs httpx and httpx-sse. Ctrl-C stops the answer."""
+"""Send a message and print the response as it arrives. Needs httpx and httpx-sse."""
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import httpx
 from httpx_sse import connect_sse
 
 URL = os.environ.get("CHAT_URL", "http://127.0.0.1:8000") + "/api/v1/chat"
-# Without a model the service's default answers.
+# Without a model id, the service uses its default model.
 BODY = {
     "message": os.environ.get("CHAT_MESSAGE", "Hello"),
     "model_id": os.environ.get("CHAT_MODEL"),
 }
-# At least every 15 s there is an event or a comment: a minute of silence is a dead connection.
+# A heartbeat arrives every 15 s, so a connection that is silent for a minute is dead.
 SILENCE = float(os.environ.get("CHAT_SILENCE_SECONDS", "60"))
 
 
-def ask() -> Any:
-    """The last event, or the body of an answer with an error status; both may hold an `error`."""
+def chat() -> Any:
+    """Return the terminal event, or the body of an error response. Both can have an `error`."""
     with (
         httpx.Client(timeout=SILENCE) as client,
         connect_sse(client, "POST", URL, json=BODY) as source,
@@ -31,16 +32,21 @@ def ask() -> Any:
             if "status" in data:
                 return data
             print(data["chunk"], end="", flush=True)
-    raise httpx.ReadError("no event said that it ended")
+    raise httpx.ReadError("no terminal event")
 
 
 try:
-    end = ask()
-except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-    sys.exit(f"The service could not be reached: {error}")
+    end = chat()
+    for _ in range(2):
+        # Only an error response is retried: after text, a retry would store a second turn.
+        if "status" not in end and end["error"]["retryable"]:
+            time.sleep(end["error"]["retry_after"] or 1)
+            end = chat()
+except httpx.ConnectError as error:
+    sys.exit(f"Cannot connect to the service: {error}")
 except httpx.TransportError as error:
-    sys.exit(f"\nThe answer was cut off: {error}")
+    sys.exit(f"\nThe connection was lost: {error}")
 except KeyboardInterrupt:
-    sys.exit(130)  # The connection is closed, so the provider stops too.
+    sys.exit(130)  # Closes the connection, and the service cancels the request to the model.
 if "error" in end:
     sys.exit(f"\n{end['error']['code']}: {end['error']['message']}")
