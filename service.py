@@ -62,7 +62,7 @@ from server import (
     probe,
     raise_descriptor_limit,
 )
-from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners
+from sessions import ISSUED_ID, Session, SessionStore, SQLiteStore, Turn, allowed_owners, find_owner
 from settings import Settings, SettingsError, from_env, read_env_file, startup_warnings
 from stream import STREAM_HEADERS, CompletionResponse, End, EventStream, Stopped
 
@@ -136,7 +136,8 @@ class Service:
             # From here on the stream frees slot and session, however it ends.
             slot = held.pop_all()
         record: telemetry.RequestRecord = request.state.record
-        stream, call = self._create_stream(record, chat, targets, session, slot, self.settings)
+        key = (find_owner(caller.owner, session), session.id)
+        stream, call = self._create_stream(key, record, chat, targets, session, slot)
         await self._run_stream(stream, call, record, scope, receive, send)
 
     async def _read_chat(
@@ -156,16 +157,19 @@ class Service:
 
     def _create_stream(
         self,
+        key: SessionKey,
         record: telemetry.RequestRecord,
         chat: ChatRequest,
         targets: Sequence[Target],
         session: Session,
         slot: ExitStack,
-        settings: Settings,
+        settings: Settings | None = None,
     ) -> tuple[EventStream, Call]:
         """Return the stream of a turn in an open session. It frees slot and session."""
         record.fields["session"] = telemetry.short_hash(session.id)
-        message_at, running = time.time(), (session.owner, session.id)
+        # A generation retains events, whatever its readers send.
+        whole, settings = not chat.stream and settings is None, settings or self.settings
+        message_at = time.time()
         history = session.turns[:-1] if chat.replace_last_turn else session.turns
         call = Call(record.request_id, record.traceparent)
 
@@ -182,13 +186,11 @@ class Service:
                     await self.store.end(kept, turn)
             finally:
                 # The next stream of this session may have begun.
-                if self._running.get(running) is stream:
-                    del self._running[running]
+                if self._running.get(key) is stream:
+                    del self._running[key]
 
         messages = self._messages(history, chat.message)
         run = partial(complete, targets, messages, call, settings=settings)
-        # A generation retains events, whatever its readers send.
-        whole = not chat.stream and settings is self.settings
         response = CompletionResponse if whole else EventStream
         stream = response(
             run,
@@ -198,7 +200,7 @@ class Service:
             settings,
             include_reasoning=chat.include_reasoning,
         )
-        self._running[running] = stream
+        self._running[key] = stream
         return stream, call
 
     async def _run_stream(
@@ -271,10 +273,13 @@ class Service:
                 held.push(slot)
                 session = await self.store.open(caller.owner, chat.session_id)
                 held.pop_all()
+            session_key = (find_owner(caller.owner, session), session.id)
             settings = self.resumable.stream_settings
-            stream, call = self._create_stream(record, chat, targets, session, slot, settings)
+            stream, call = self._create_stream(
+                session_key, record, chat, targets, session, slot, settings
+            )
             generation.stream = stream
-            generation.open((session.owner, session.id))
+            generation.open(session_key)
             scope = {"extensions": {CONNECTION: generation}}
             try:
                 await self._run_stream(

@@ -491,12 +491,17 @@ async def receive_two_events(
     return received
 
 
-def begin(client: Client, key: str = KEY, headers: Mapping[str, str] | None = None) -> None:
+def begin(
+    client: Client,
+    key: str = KEY,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b'{"message":"Hello"}',
+) -> None:
     """Send a chat request without waiting for its response."""
     head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\nidempotency-key: {key}\r\n"
-    more = {"content-type": "application/json", "content-length": "19", **(headers or {})}
+    more = {"content-type": "application/json", "content-length": len(body), **(headers or {})}
     head += "".join(f"{name}: {value}\r\n" for name, value in more.items()) + "\r\n"
-    client.writer.write(head.encode() + b'{"message":"Hello"}')
+    client.writer.write(head.encode() + body)
 
 
 def parse_received(data: bytes) -> tuple[str | None, str]:
@@ -1009,3 +1014,64 @@ async def test_preflight_allows_the_headers_of_resumable_streams(service: StartS
     }
     reply = await client.request("OPTIONS", "/api/v1/chat", headers=headers)
     assert reply.status == 200
+
+
+# JSON responses
+
+
+async def test_retry_of_a_json_response_waits_for_the_same_completion(relay: StartRelay) -> None:
+    gate = Gate("a", "b")
+    app, provider = await relay(gate, HEARTBEAT_SECONDS="0.05", API_KEYS=CALLERS)
+    lost = await app.connect()
+    begin(lost, body=b'{"message":"Hello","stream":false}')
+    await provider.wait_for_request()
+    lost.disconnect()
+    gate.open(2)
+    body = {}
+    for _ in range(2):
+        reply = await post(app, stream=False)
+        assert reply.headers["content-type"] == "application/json"
+        body = await reply.json()
+        assert (body["status"], body["content"]) == ("done", "ab")
+        assert reply.headers["idempotent-replayed"] == "true"
+        assert body["session_id"] == reply.headers["x-session-id"]
+    # The session's stream can be read as events, too.
+    assert text_of(await read(await resume(app, body["session_id"]))) == "ab"
+    assert await (await post(app)).status_and_code() == (422, "idempotency_key_reused")
+    assert gate.calls == 1
+
+
+async def test_json_response_that_is_stopped_has_the_content_so_far(relay: StartRelay) -> None:
+    gate = Gate("a", "b")
+    app, _ = await relay(gate, RATE_LIMIT="off")
+    replies: list[Response] = []
+
+    async def send() -> None:
+        replies.append(await post(app, session_id="chosen", stream=False))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        await wait_for(lambda: gate.calls)
+        await read(await resume_when_begun(app, "chosen"), 1)
+        assert (await stop(app, "chosen")).status == 204
+    body = await replies[0].json()
+    assert (body["status"], body["content"]) == ("stopped", "a")
+
+
+async def test_json_response_that_failed_late_has_a_status_of_its_own(relay: StartRelay) -> None:
+    async def truncate(request: Connection) -> None:
+        await request.stream(delta("a"))
+        request.reset()
+
+    app, provider = await relay(truncate)
+    for _ in range(2):
+        reply = await post(app, stream=False)
+        assert reply.status == 502
+        await reply.error()
+    assert len(provider.requests) == 1
+
+
+async def resume_when_begun(app: RunningService, session_id: str) -> Response:
+    while (reply := await resume(app, session_id)).status != 200:
+        await reply.body()
+    return reply
