@@ -133,6 +133,14 @@ def allowed_owners(owner: str, session_id: str) -> tuple[str, str]:
     return (owner, ANYONE if ISSUED_ID.fullmatch(session_id) else owner)
 
 
+def find_owner(owner: str, session: Session) -> str:
+    """Return which of the `allowed_owners` the session of this caller belongs to.
+
+    `session.owner` is a hash if it is an anonymous caller.
+    """
+    return session.owner if ISSUED_ID.fullmatch(session.id) else owner
+
+
 def is_blank(turn: Turn) -> bool:
     """Return whether the response is only white space. Providers reject such messages."""
     return not turn.response.strip()
