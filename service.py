@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import telemetry
 from chat import ChatRequest, parse_request
+from database import pseudonym
 from errors import ErrorBody, FieldProblem, ServiceError, invalid_request, to_service_error
 from provider_errors import operator_hint
 from providers import (
@@ -310,7 +311,7 @@ class Service:
         session_id: str = request.path_params["session_id"]
         request.state.record.fields["session"] = telemetry.short_hash(session_id)
         self._reject_shared_session_id(request, caller, session_id)
-        sessions = [(owner, session_id) for owner in allowed_owners(caller.owner, session_id)]
+        sessions = _session_keys(caller, session_id)
         running = next(filter(None, map(self._running.get, sessions)), None)
         generation = self.resumable.latest(sessions)
         if running is None and generation is None:
@@ -456,8 +457,7 @@ class Service:
         self._reject_shared_session_id(request, caller, session_id)
         if request.method == "DELETE":
             await self.store.delete(caller.owner, session_id)
-            owners = allowed_owners(caller.owner, session_id)
-            self.resumable.drop_session((owner, session_id) for owner in owners)
+            self.resumable.drop_session(_session_keys(caller, session_id))
             return Response(status_code=204)
         session = await self.store.read(caller.owner, session_id)
         messages = [
@@ -479,6 +479,12 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _session_keys(caller: Caller, session_id: str) -> Sequence[SessionKey]:
+    """Return the keys that the caller's session may have. SQLite stores addresses as hashes."""
+    owners = (*allowed_owners(caller.owner, session_id), pseudonym(caller.owner))
+    return [(owner, session_id) for owner in owners]
 
 
 def _last_event_id(request: Request) -> str:
