@@ -44,8 +44,8 @@ async def main() -> None:
             for scheme in ("light", "dark"):
                 size = {"width": 860, "height": 700}
                 async with open_tab(app.url, viewport=size, color_scheme=scheme) as tab:
-                    await tab.say(QUESTION)
-                    await tab.ended()
+                    await tab.send(QUESTION)
+                    await tab.ending()
                     await tab.page.screenshot(path=DOCS / f"page-{scheme}.png")
 
 
