@@ -192,8 +192,9 @@ class Reader(ClientStream):
             return
         if self._state is State.OPEN:
             self._send_events()
-        elif self.position < generation.last:
-            # Events wait in the generation, not in this stream: there may be megabytes of them.
+        elif generation.last:
+            # An error can no longer get a status of its own. Events wait in the generation, not in
+            # this stream: there may be megabytes of them.
             self._start_opening()
         if self.position == generation.last and generation.end is not None:
             self._caught_up.set()
@@ -242,6 +243,8 @@ class WholeReader(Reader):
     """The JSON response to one client, sent when the generation has ended."""
 
     def advance(self) -> None:
+        # It needs no events.
+        self.position = self.generation.last
         if self._task is not None and self.generation.end is not None:
             self._caught_up.set()
 
@@ -369,7 +372,7 @@ class ResumableStreams:
         """Note that a generation has ended. Its events stay available, unless it is forgotten."""
         self._running.discard(generation)
         self._ended[generation] = None
-        size = len(generation.terminal or b"")
+        size = len(generation.terminal or b"") + len(generation.body)
         generation.retained_bytes += size
         self.count(size)
         if forgotten:

@@ -127,11 +127,10 @@ def repeat(data: bytes, *opening: bytes) -> Script:
 
     async def script(request: Connection) -> None:
         await request.send(b"".join(opening))
-        while True:
+        while not request.closed.is_set():
+            await request.send(data)
             with anyio.move_on_after(0.02):
                 await request.closed.wait()
-                return
-            await request.send(data)
 
     return script
 

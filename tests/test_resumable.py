@@ -4,14 +4,14 @@ import asyncio
 import json
 import random
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from tests.client import Response
+from tests.client import Client, Response
 from tests.conftest import RunningService, StartRelay, StartService
 from tests.faults import connect_slow_client
 from tests.upstream import DONE, END, Connection, delta, response
@@ -42,6 +42,13 @@ class Gate:
 
     async def __call__(self, request: Connection) -> None:
         self.calls += 1
+        sending = asyncio.ensure_future(self._send(request))
+        closing = asyncio.ensure_future(request.closed.wait())
+        await asyncio.wait([sending, closing], return_when=asyncio.FIRST_COMPLETED)
+        sending.cancel()
+        closing.cancel()
+
+    async def _send(self, request: Connection) -> None:
         await request.stream()
         for number, text in enumerate(self.texts):
             if self.held or number > 0:
@@ -468,9 +475,7 @@ async def receive_two_events(
     The connection is then lost.
     """
     client = await app.connect()
-    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\nidempotency-key: {key}\r\n"
-    head += "content-type: application/json\r\ncontent-length: 19\r\n\r\n"
-    client.writer.write(head.encode() + b'{"message":"Hello"}')
+    begin(client, key)
     calls = gate.calls
     gate.open(2)
     if count is None:
@@ -484,6 +489,19 @@ async def receive_two_events(
         await wait_for(lambda: gate.calls > calls)
     client.disconnect()
     return received
+
+
+def begin(
+    client: Client,
+    key: str = KEY,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b'{"message":"Hello"}',
+) -> None:
+    """Send a chat request without waiting for its response."""
+    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\nidempotency-key: {key}\r\n"
+    more = {"content-type": "application/json", "content-length": len(body), **(headers or {})}
+    head += "".join(f"{name}: {value}\r\n" for name, value in more.items()) + "\r\n"
+    client.writer.write(head.encode() + body)
 
 
 def parse_received(data: bytes) -> tuple[str | None, str]:
@@ -552,10 +570,7 @@ async def test_slow_reader_is_disconnected_and_delays_no_other(relay: StartRelay
     await read(first, 1)
     slow = await connect_slow_client(app.url)
     app.clients.append(slow)
-    body = b'{"message":"Hello"}'
-    head = f"POST /api/v1/chat HTTP/1.1\r\nhost: x\r\nidempotency-key: {KEY}\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    slow.writer.write(head.encode() + body)
+    begin(slow)
     gate.open(16)
     events = await read(first)
     assert len(text_of(events)) == 15 * 200_000
@@ -866,7 +881,7 @@ async def test_largest_running_stream_stops_retaining_and_its_readers_go_on(
     gate = Gate("a", *["x" * 20_000] * 5)
     app, provider = await relay(gate, RESUME_MAX_BYTES="65536", RATE_LIMIT="off")
     first = await post(app, session_id="chosen")
-    begun = await read(first, 1)
+    await read(first, 1)
     gate.open(4)
     await read(first, 4)
     assert (await resume(app, "chosen")).status == 204
@@ -878,9 +893,11 @@ async def test_largest_running_stream_stops_retaining_and_its_readers_go_on(
     messages = (await session_of(app, "chosen"))["messages"]
     assert len(messages[1]["content"]) == 100_001
     # Without a reader, a stream that is not retained is cancelled at once.
-    gate.open(4)
     lost = await post(app, key=KEY + "2")
-    await read(lost, 5)
+    for _ in range(4):
+        await read(lost, 1)
+        gate.open()
+    await read(lost, 1)
     app.clients[-1].disconnect()
     await provider.requests[1].closed.wait()
 
@@ -961,9 +978,9 @@ async def test_stream_is_logged_and_counted_once_with_the_original_request_id(
         tasks.start_soon(send, headers)
         request = await provider.wait_for_request()
         tasks.start_soon(send, {**ONE, "x-request-id": "retry"})
-        tasks.start_soon(send, {**ONE, "x-request-id": "lost"})
-        await anyio.sleep(0.1)
-        app.clients[-1].disconnect()
+        lost = await app.connect()
+        begin(lost, headers=ONE)
+        lost.disconnect()
         gate.set()
     assert request.headers["x-client-request-id"] == "original"
     for reply in replies:
@@ -997,3 +1014,64 @@ async def test_preflight_allows_the_headers_of_resumable_streams(service: StartS
     }
     reply = await client.request("OPTIONS", "/api/v1/chat", headers=headers)
     assert reply.status == 200
+
+
+# JSON responses
+
+
+async def test_retry_of_a_json_response_waits_for_the_same_completion(relay: StartRelay) -> None:
+    gate = Gate("a", "b")
+    app, provider = await relay(gate, HEARTBEAT_SECONDS="0.05", API_KEYS=CALLERS)
+    lost = await app.connect()
+    begin(lost, body=b'{"message":"Hello","stream":false}')
+    await provider.wait_for_request()
+    lost.disconnect()
+    gate.open(2)
+    body = {}
+    for _ in range(2):
+        reply = await post(app, stream=False)
+        assert reply.headers["content-type"] == "application/json"
+        body = await reply.json()
+        assert (body["status"], body["content"]) == ("done", "ab")
+        assert reply.headers["idempotent-replayed"] == "true"
+        assert body["session_id"] == reply.headers["x-session-id"]
+    # The session's stream can be read as events, too.
+    assert text_of(await read(await resume(app, body["session_id"]))) == "ab"
+    assert await (await post(app)).status_and_code() == (422, "idempotency_key_reused")
+    assert gate.calls == 1
+
+
+async def test_json_response_that_is_stopped_has_the_content_so_far(relay: StartRelay) -> None:
+    gate = Gate("a", "b")
+    app, _ = await relay(gate, RATE_LIMIT="off")
+    replies: list[Response] = []
+
+    async def send() -> None:
+        replies.append(await post(app, session_id="chosen", stream=False))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        await wait_for(lambda: gate.calls)
+        await read(await resume_when_begun(app, "chosen"), 1)
+        assert (await stop(app, "chosen")).status == 204
+    body = await replies[0].json()
+    assert (body["status"], body["content"]) == ("stopped", "a")
+
+
+async def test_json_response_that_failed_late_has_a_status_of_its_own(relay: StartRelay) -> None:
+    async def truncate(request: Connection) -> None:
+        await request.stream(delta("a"))
+        request.reset()
+
+    app, provider = await relay(truncate)
+    for _ in range(2):
+        reply = await post(app, stream=False)
+        assert reply.status == 502
+        await reply.error()
+    assert len(provider.requests) == 1
+
+
+async def resume_when_begun(app: RunningService, session_id: str) -> Response:
+    while (reply := await resume(app, session_id)).status != 200:
+        await reply.body()
+    return reply
