@@ -91,7 +91,7 @@ class SessionStore(Protocol):
         """Lock the session until `end`, and return it.
 
         Creates a session if the id is None, or chosen by the caller and unknown. Raises
-        session_not_found or session_busy.
+        session_not_found or session_busy, or state_unavailable if the store is full.
         """
 
     async def end(self, session: Session, turn: Turn | None) -> None:
@@ -115,7 +115,7 @@ class SessionStore(Protocol):
         """Delete expired sessions."""
 
     async def check(self) -> None:
-        """Raise state_unavailable if the store does not work."""
+        """Raise state_unavailable if the store does not work or is full."""
 
     async def aclose(self) -> None:
         """Close the file or the connections."""

@@ -1,24 +1,26 @@
 /** Requests to the service, the events of its streams, and its errors. */
 
-// Relative, so that a proxy can serve everything under a prefix.
-const API = "api/v1/";
-
-export function request(method, path, { apiKey, body, signal } = {}) {
-  const headers = body ? { "Content-Type": "application/json" } : {};
+/** Send a request. The URL is relative, so that a proxy can serve everything under a prefix. */
+export function request(method, path, { apiKey, body, key } = {}) {
+  const headers = {};
+  if (body) headers["Content-Type"] = "application/json";
   if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
-  return fetch(API + path, { method, headers, signal, body: body && JSON.stringify(body) });
+  // A stream with a key goes on while its client is away, and can be resumed.
+  if (key) headers["Idempotency-Key"] = key;
+  return fetch(`api/v1/${path}`, { method, headers, body: body && JSON.stringify(body) });
 }
 
 /** Yield the events of a stream. The last one has a status. Throw if it does not arrive. */
-export async function* readEvents(response) {
+export async function* readEvents(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  signal.addEventListener("abort", () => reader.cancel());
   for (let buffer = ""; ;) {
     const { value, done } = await reader.read();
     if (done) throw new TypeError("The stream has no terminal event.");
     const blocks = (buffer + value).split("\n\n");
     buffer = blocks.pop();
     for (const block of blocks) {
-      // Other lines are comments, which keep the connection alive, and event ids.
+      // Other lines are comments, which keep the connection alive, and the ids of events.
       const line = block.split("\n").find((each) => each.startsWith("data: "));
       if (!line) continue;
       const event = JSON.parse(line.slice(6));
@@ -32,23 +34,23 @@ export async function* readEvents(response) {
 export async function readError(response) {
   const body = await response.json().catch(() => null);
   if (body?.error?.code) return body;
-  return { error: { code: "unreachable", message: `HTTP status ${response.status}.`, retryable: true } };
+  const message = `A server between this page and the service responded with ${response.status}.`;
+  return { error: { code: "unreachable", message, retryable: true } };
 }
 
-/** Return the terminal event for an exception: the user stopped, or the connection failed. */
-export function interruption(exception, response) {
-  if (exception.name === "AbortError") return { status: "stopped" };
+/** Return the terminal event for a connection that failed before or after the response began. */
+export function connectionError(response) {
   const code = response?.ok ? "connection_lost" : "unreachable";
   return { id: response?.headers.get("X-Request-ID"), error: { code, retryable: true } };
 }
 
-// Where the service's own message speaks to developers, the playground has a sentence for users.
-// The last two are the browser's.
+// What to tell users where the service's own message is for developers. The last two errors are
+// seen by the browser only.
 const SENTENCES = {
   invalid_api_key: "The service needs a valid API key.",
   session_not_found: "This conversation has expired, or it belongs to another API key.",
   session_busy: "Another response is running in this conversation.",
-  context_too_long: "The conversation is too long for the model.",
+  context_too_long: "The message is too long for the model.",
   content_refused: "The provider’s content policy rejected this message.",
   upstream_incomplete: "The response ended before it was complete.",
   upstream_timeout: "The model took too long to respond.",

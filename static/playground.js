@@ -1,15 +1,19 @@
 /** The playground: conversations with the service, in plain JavaScript. */
 
-import { describe, interruption, readError, readEvents, request } from "./client.js";
+import { connectionError, describe, readError, readEvents, request } from "./client.js";
 import { listConversations, removeConversation, saveConversation } from "./conversations.js";
-import { $, announce, button, copyButton, make, note, visible } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { $, announce, button, copyButton, make, note } from "./dom.js";
+import { follow } from "./scroll.js";
+import { showArticle, Turn } from "./turn.js";
 
-// Kept as long as the tab: session, apiKey, model, otherModel, streaming.
+// Kept as long as the tab: session, apiKey, model, otherModel, and, while its response arrives, the
+// message (streaming).
 let tab = {};
 try { tab = sessionStorage; } catch { /* Without storage a reload starts a new conversation. */ }
 // The conversation on screen: its id and title, and how the responses begin that the user stopped.
 let conversation = {};
+// The turn on screen that a new one can replace, and whether the message in the composer does that.
+let lastTurn = null, editing = false;
 // The AbortController of the response that is arriving.
 let running = null;
 // The error on screen: there is at most one.
@@ -21,9 +25,8 @@ $("composer").onsubmit = (event) => {
   event.preventDefault();
   const message = $("message").value.trim();
   if (running || !message) return;
-  $("message").value = "";
-  $("message").focus();
-  send(message);
+  compose("");
+  send(message, editing);
 };
 $("message").onkeydown = (event) => {
   // Enter also confirms a word in an input method. On a touch keyboard it is the only new line.
@@ -37,11 +40,16 @@ $("message").oninput = () => follow();
 document.onkeydown = (event) => {
   // Escape closes an open panel first. The browser does that.
   if (event.key !== "Escape" || event.isComposing) return;
-  if (!document.querySelector(":popover-open")) running?.abort();
+  if (!document.querySelector(":popover-open")) stop();
 };
 $("stop").onclick = () => {
-  running?.abort();
+  stop();
   $("message").focus();
+};
+$("cancel").onclick = () => {
+  editing = false;
+  compose("");
+  refresh();
 };
 $("new").onclick = () => show({});
 $("latest").onclick = () => {
@@ -62,61 +70,139 @@ $("other").oninput = () => { tab.otherModel = $("other").value; };
 // Another tab has changed the list.
 addEventListener("storage", showList);
 
-// ---- Conversations
+function compose(text) {
+  $("message").value = text;
+  $("message").focus();
+}
 
-/** Send a message and show the response as it arrives. */
-async function send(message) {
+// ---- Requests
+
+const call = (method, path, body, key) =>
+  request(method, path, { apiKey: tab.apiKey, body, key });
+
+/** Return the response to GET or DELETE of a session or its stream, or an error. */
+async function callSession(method, path) {
+  try {
+    const response = await call(method, `sessions/${path}`);
+    if (!response.ok) return await readError(response);
+    return response.status === 204 ? {} : await response.json();
+  } catch {
+    return connectionError();
+  }
+}
+
+/** Send a message and show the response. With `replace`, the new turn replaces the last one. */
+async function send(message, replace = false) {
   dismissProblem();
-  const mine = conversation, controller = running = new AbortController();
-  const question = showMessage("user", message), view = new ResponseView();
+  const mine = conversation, turn = new Turn(message), replaced = replace ? lastTurn : null;
+  replaced?.hide(true);
+  editing = false;
+  lastTurn = null;
+  tab.streaming = message;
   const model = $("model").value === "other" ? $("other").value.trim() : $("model").value;
-  const body = { message, model_id: model || null, session_id: mine.id ?? null };
-  tab.streaming = "yes";
+  const body = {
+    message, model_id: model || null, session_id: mine.id ?? null,
+    include_reasoning: true, replace_last_turn: replace,
+  };
+  const key = crypto.getRandomValues(new Uint8Array(16)).join("-");
+  const end = await receive(turn, call("POST", "chat", body, key));
+  // Meanwhile the user may have opened another conversation.
+  if (mine !== conversation) return;
+  // The service stores a turn that has text. Only a complete or stopped one replaces another.
+  const stored = turn.source.trim() !== "" && !(replace && end.error);
+  if (stored) replaced?.remove();
+  else replaced?.hide(false);
+  lastTurn = stored ? turn : replaced;
+  if (end.error) {
+    const again = (next) => () => {
+      dismissProblem();
+      if (!stored) turn.remove();
+      next();
+    };
+    showProblem(end, turn.article, {
+      retry: again(() => send(message, replace || stored)),
+      edit: again(() => {
+        editing = replace;
+        compose(message);
+        refresh();
+      }),
+      resume: () => show(mine, message),
+    });
+  }
+  refresh();
+}
+
+/** Show the events of a stream as they arrive. Return the terminal one. */
+async function receive(turn, opening) {
+  const mine = conversation, controller = running = new AbortController();
+  const aborted = new Promise((_, reject) => { controller.signal.onabort = reject; });
   refresh();
   follow(true);
   let end, response;
   try {
-    response = await call("POST", "chat", body, controller.signal);
+    response = await Promise.race([opening, aborted]);
     if (response.ok) {
-      remember(mine, { id: response.headers.get("X-Session-ID"), title: mine.title ?? title(message) });
-      for await (const event of readEvents(response)) {
+      const id = response.headers.get("X-Session-ID");
+      remember(mine, { id, title: mine.title ?? turn.message.slice(0, 80) });
+      for await (const event of readEvents(response, controller.signal)) {
         if (event.status) end = event;
-        else view.add(event);
+        else turn.add(event);
       }
     } else end = await readError(response);
-  } catch (exception) {
-    end = interruption(exception, response);
+  } catch {
+    end = controller.signal.aborted ? { status: "stopped" } : connectionError(response);
+    // The id of a new session is not known before the response begins.
+    if (!response && !mine.id) {
+      opening.then((late) => stopStream(late.headers.get("X-Session-ID"))).catch(() => {});
+    }
   }
-  if (end.status === "stopped" && view.source) {
-    remember(mine, { stopped: [...(mine.stopped ?? []), beginning(view.source)] });
+  if (end.status === "stopped" && turn.source) {
+    remember(mine, { stopped: [...(mine.stopped ?? []), beginning(turn.source)] });
   }
-  // The user may have opened another conversation meanwhile.
-  if (mine !== conversation) return;
+  if (mine !== conversation) return end;
   running = null;
-  delete tab.streaming;
-  view.finish(end);
+  if (end.error?.code !== "connection_lost") delete tab.streaming;
+  turn.finish(end);
   if (end.history_trimmed && !mine.trimmed) {
     remember(mine, { trimmed: true });
-    view.article.append(note("Older messages no longer fit and have left the conversation."));
+    turn.article.append(note("Older messages no longer fit and have left the conversation."));
   }
-  const withdraw = () => {
-    dismissProblem();
-    if (!view.source) [question, view.article].forEach((article) => article.remove());
-    $("message").focus();
-  };
-  const retry = () => { withdraw(); send(message); };
-  const edit = () => { withdraw(); $("message").value = message; };
-  if (end.error) showProblem(end, view.article, retry, edit);
-  refresh();
+  return end;
 }
 
-/** Show another conversation: a stored one, or `{}` for a new one. */
-function show(chosen) {
-  running?.abort();
-  running = problem = null;
+async function stop() {
+  const stopped = running;
+  // After the response to DELETE, the text is stored and the session is free.
+  if (stopped && conversation.id) await stopStream(conversation.id);
+  stopped?.abort();
+}
+
+const stopStream = (id) => callSession("DELETE", `${id}/stream`);
+
+async function loadModels() {
+  const found = await call("GET", "models").then((response) => response.json()).catch(() => null);
+  if (!found?.models) return;
+  // A glob allows models that the service cannot list. The user types their ids.
+  const all = new Set([found.default, ...found.models]);
+  const ids = [...all].filter((id) => !/[*?[]/.test(id));
+  const options = ids.map((id) => make("option", { value: id }, id));
+  $("model").replaceChildren(...options, make("option", { value: "other" }, "Other model …"));
+  if ([...ids, "other"].includes(tab.model)) $("model").value = tab.model;
+  $("other").value = tab.otherModel ?? "";
+  $("other").hidden = $("model").value !== "other";
+}
+
+// ---- Conversations
+
+/** Show a conversation: a stored one, or `{}` for a new one. */
+function show(chosen, streaming) {
+  stop();
+  running = problem = lastTurn = null;
+  editing = false;
   conversation = chosen;
   delete tab.streaming;
   delete tab.session;
+  if (streaming) tab.streaming = streaming;
   if (chosen.id) tab.session = chosen.id;
   $("log").querySelectorAll("article").forEach((article) => article.remove());
   $("conversations").hidePopover();
@@ -126,30 +212,37 @@ function show(chosen) {
   if (chosen.id) restore();
 }
 
-/** Show the messages that the service has stored. */
+/** Show the turns that the service has stored, and the response that was arriving. */
 async function restore() {
-  const mine = conversation;
-  // A reload has interrupted a response. The service stores it once it notices.
-  if (tab.streaming) await new Promise((resolve) => setTimeout(resolve, 500));
-  delete tab.streaming;
-  if (mine !== conversation) return;
+  const mine = conversation, message = tab.streaming;
+  const stream = message && await call("GET", `sessions/${mine.id}/stream`).catch(() => null);
+  const resumes = stream?.status === 200;
+  // Without resumable streams the service stores the text when it notices the disconnect.
+  if (message && !resumes) await new Promise((resolve) => setTimeout(resolve, 500));
   const end = await callSession("GET", mine.id);
   if (mine !== conversation) return;
-  if (end.error?.code === "session_not_found") {
+  if (end.messages) {
+    const next = $("log").querySelector("article");
+    let turn = null;
+    for (const { role, content, complete } of end.messages) {
+      const stopped = mine.stopped?.includes(beginning(content));
+      if (role === "user") turn = new Turn(content, next);
+      else turn.restore(content, complete ? "" : stopped ? "Stopped." : "Interrupted.");
+    }
+    if (!next) lastTurn = turn;
+  }
+  if (resumes && !running) {
+    // The first response of a session is running: the session is not stored yet.
+    await receive(new Turn(message), Promise.resolve(stream));
+    if (mine === conversation) show(mine, tab.streaming);
+  } else if (end.error?.code === "session_not_found") {
     removeConversation(mine.id);
     show({});
     showArticle("", null, note(describe(end.error), " This is a new one."));
     announce(describe(end.error));
   } else if (end.error) {
-    const article = showArticle();
-    showProblem(end, article, () => { article.remove(); restore(); });
-  } else {
-    const next = $("log").querySelector("article");
-    for (const { role, content, complete } of end.messages) {
-      if (role === "user") showMessage(role, content, next);
-      else new ResponseView(next).restore(content, complete);
-    }
-  }
+    showProblem(end, showArticle(), { retry: () => show(mine, message) });
+  } else delete tab.streaming;
   refresh();
   follow(true);
 }
@@ -158,9 +251,9 @@ async function deleteConversation(chosen) {
   if (!confirm(`Delete “${chosen.title}”? The service forgets it for good.`)) return;
   const end = await callSession("DELETE", chosen.id);
   if (end.error && end.error.code !== "session_not_found") {
-    const article = showArticle();
-    showProblem(end, article, () => { article.remove(); deleteConversation(chosen); });
     $("conversations").hidePopover();
+    const article = showArticle();
+    showProblem(end, article, { retry: () => { article.remove(); deleteConversation(chosen); } });
   } else {
     removeConversation(chosen.id);
     if (chosen.id === conversation.id) show({});
@@ -177,47 +270,18 @@ function remember(chosen, changes) {
   showList();
 }
 
-const title = (message) => message.slice(0, 80);
 // Enough of a response to recognise it after a reload.
 const beginning = (text) => text.slice(0, 200);
-
-function call(method, path, body, signal) {
-  return request(method, path, { apiKey: tab.apiKey, body, signal });
-}
-
-/** Return the response to GET or DELETE of a session, or an error. */
-async function callSession(method, id) {
-  try {
-    const response = await call(method, `sessions/${id}`);
-    if (!response.ok) return await readError(response);
-    return response.status === 204 ? {} : await response.json();
-  } catch (exception) {
-    return interruption(exception);
-  }
-}
-
-async function loadModels() {
-  const found = await call("GET", "models").then((response) => response.json()).catch(() => null);
-  if (!found?.models) return;
-  // A glob allows models that the service cannot list. The user types their ids.
-  const all = new Set([found.default, ...found.models]);
-  const ids = [...all].filter((id) => !/[*?[]/.test(id));
-  const options = ids.map((id) => make("option", { value: id }, id));
-  $("model").replaceChildren(...options, make("option", { value: "other" }, "Other model …"));
-  if ([...ids, "other"].includes(tab.model)) $("model").value = tab.model;
-  $("other").value = tab.otherModel ?? "";
-  $("other").hidden = $("model").value !== "other";
-}
 
 // ---- Errors
 
 /** Show an error in `article`: one sentence, one action, and the details for a report. */
-function showProblem({ id, error }, article, retry, edit) {
+function showProblem({ id, error }, article, actions) {
   dismissProblem();
   const sentence = describe(error);
   const details = note([error.code, id && `request ${id}`].filter(Boolean).join(" · "));
   const copy = { label: "Copy the request id", node: details, text: id };
-  const action = createAction(error, retry, edit) ?? copyButton(copy.label, copy);
+  const action = createAction(error, actions) ?? copyButton(copy.label, copy);
   problem = make("div", { className: "problem" }, make("p", {}, sentence), action, details);
   article.append(problem);
   problem.querySelector("input")?.focus();
@@ -231,19 +295,18 @@ function dismissProblem() {
   problem = null;
 }
 
-function createAction({ code, retryable, retry_after: wait }, retry, edit) {
+function createAction({ code, retryable, retry_after: wait }, { retry, edit, resume }) {
   if (code === "invalid_api_key") return keyForm(retry);
-  if (["session_not_found", "context_too_long"].includes(code)) {
+  if (code === "connection_lost") return button("Resume", resume);
+  if (code === "session_not_found") {
     return button("New conversation", () => {
       edit();
       show({});
     });
   }
   if (retryable) return countDown(button("", retry), Date.now() + 1000 * (wait ?? 0));
-  if (["invalid_request", "body_too_large", "content_refused"].includes(code)) {
-    return button("Edit the message", edit);
-  }
-  return null;
+  const editable = ["invalid_request", "body_too_large", "content_refused", "context_too_long"];
+  return editable.includes(code) ? button("Edit the message", edit) : null;
 }
 
 function keyForm(retry) {
@@ -270,116 +333,32 @@ function countDown(retry, until) {
 
 // ---- The screen
 
-function showArticle(className = "", before = null, ...children) {
-  const article = make("article", { className }, ...children);
-  $("log").insertBefore(article, before);
-  return article;
-}
-
-function showMessage(role, text, before) {
-  const name = make("h2", { className: "unseen" }, role === "user" ? "You" : "Assistant");
-  const body = make("div", { className: "text" }, visible(text));
-  if (role === "user") body.dir = "auto";
-  return showArticle(role, before, name, body);
-}
-
-/** A response on screen. */
-class ResponseView {
-  constructor(before) {
-    this.article = showMessage("assistant", "", before);
-    this.body = this.article.lastChild;
-    this.markdown = new MarkdownView(this.body);
-    this.source = "";
-    this.scheduled = false;
-    this.cost = 0;
-    if (!before) this.article.classList.add("waiting");
-  }
-
-  add({ chunk = "", reasoning = "" }) {
-    if (reasoning) this.addReasoning(reasoning);
-    this.source += chunk;
-    this.markdown.append(chunk);
-    this.article.ariaBusy = "true";
-    if (this.scheduled) return;
-    this.scheduled = true;
-    // Draw at most once a frame, and at most a quarter of the time.
-    setTimeout(() => requestAnimationFrame(() => this.draw()), 3 * this.cost);
-  }
-
-  addReasoning(text) {
-    if (!this.reasoning) {
-      this.reasoning = make("div");
-      this.body.before(make("details", {}, make("summary", {}, "Reasoning"), this.reasoning));
-    }
-    this.reasoning.append(visible(text));
-  }
-
-  draw() {
-    const start = performance.now();
-    this.markdown.draw();
-    this.article.classList.toggle("waiting", !this.body.firstChild);
-    follow();
-    this.scheduled = false;
-    this.cost = performance.now() - start;
-  }
-
-  /** Show the rest of the text, and how the response ended. */
-  finish(end) {
-    this.markdown.end();
-    this.article.classList.remove("waiting");
-    this.article.ariaBusy = null;
-    if (!end.error) {
-      const ending = end.status === "stopped" ? "Stopped." : describeEnd(end, this.source);
-      this.addFooter(ending);
-      // Screen readers read a short response aloud. innerText has white space between blocks.
-      const text = this.body.innerText.trim();
-      const long = text.length > 300 && `The response has ${text.split(/\s+/).length} words.`;
-      announce(`${long || text} ${ending}`);
-    }
-    follow();
-  }
-
-  /** Show a stored response. */
-  restore(content, complete) {
-    this.source = content;
-    this.markdown.append(content);
-    this.markdown.end();
-    this.article.classList.remove("waiting");
-    const stopped = conversation.stopped?.includes(beginning(content));
-    this.addFooter(complete ? "" : stopped ? "Stopped." : "Interrupted.");
-  }
-
-  addFooter(ending) {
-    const footer = make("footer", {}, note(ending));
-    const { body: node, source: text } = this;
-    if (text) footer.append(copyButton("Copy the response", { node, text }));
-    this.article.append(footer);
-  }
-}
-
-/** Describe a `done` event in one line. */
-function describeEnd({ model, usage, finish_reason: reason }, text) {
-  return [
-    text.trim() ? "" : "The model returned no text",
-    model,
-    usage?.total_tokens ? `${usage.total_tokens} tokens` : "",
-    reason === "length" ? "reached the output limit" : "",
-    reason === "content_filter" ? "ended by the provider’s content filter" : "",
-    model.startsWith("mock/") ? "simulated, without a model" : "",
-  ].filter(Boolean).join(" · ");
-}
-
+/** Show the controls that fit the state: running or not, editing or not. */
 function refresh() {
   $("stop").hidden = !running;
   $("send").hidden = Boolean(running);
+  $("editing").hidden = !editing;
   $("about").hidden = $("log").querySelector("article") !== null;
+  document.querySelectorAll(".redo").forEach((each) => each.remove());
+  if (!lastTurn || running || problem) return;
+  const { message, footer } = lastTurn;
+  const edit = () => {
+    editing = true;
+    compose(message);
+    refresh();
+  };
+  const regenerate = () => send(message, true);
+  footer.append(button("Edit", edit, { className: "redo", title: "Edit your message" }));
+  footer.append(button("Regenerate", regenerate, { className: "redo" }));
 }
 
 function showList() {
   const stored = listConversations();
   $("stored").replaceChildren(...stored.map((each) => {
-    const open = button(each.title, () => show(each), { title: each.title, dir: "auto" });
-    open.ariaCurrent = each.id === conversation.id ? "true" : null;
+    const isShown = each.id === conversation.id;
+    const choose = () => (isShown ? $("conversations").hidePopover() : show(each));
+    const open = button(each.title, choose, { title: each.title, dir: "auto" });
+    open.ariaCurrent = isShown ? "true" : null;
     const name = `Delete “${each.title}”`;
     const remove = button("×", () => deleteConversation(each), { ariaLabel: name, title: name });
     return make("li", {}, open, remove);
@@ -387,32 +366,13 @@ function showList() {
   $("none").hidden = stored.length > 0;
 }
 
-// New text is followed until the user scrolls up, and again once the user is near the end: it may
-// have moved on meanwhile.
-let following = true, lastTop = 0;
-document.onscroll = () => {
-  const { scrollHeight, clientHeight, scrollTop } = document.documentElement;
-  const below = scrollHeight - clientHeight - scrollTop;
-  following = below < (scrollTop < lastTop ? 2 : clientHeight / 4);
-  lastTop = scrollTop;
-  $("latest").hidden = following;
-};
-
-function follow(always = false) {
-  following ||= always;
-  if (!following) return;
-  const page = document.documentElement;
-  page.scrollTop = page.scrollHeight;
-  lastTop = page.scrollTop;
-}
-
 // ---- Start
 
 $("key").value = tab.apiKey ?? "";
 loadModels();
+showList();
 if (tab.session) {
   conversation = listConversations().find(({ id }) => id === tab.session) ?? { id: tab.session };
   restore();
 }
 refresh();
-showList();

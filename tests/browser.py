@@ -113,11 +113,13 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self._target = urlsplit(target)
         self._writers: list[asyncio.StreamWriter] = []
+        self._port = 0
 
     async def listen(self) -> str:
-        """Start to listen on a free port. Return the URL."""
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        """Start to listen on a free port, and after a cut on the same one. Return the URL."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{self._port}"
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         service = await asyncio.open_connection(self._target.hostname, self._target.port)

@@ -627,5 +627,5 @@ def test_lock_file_occupies_the_reserve_until_it_is_released(tmp_path: Path) -> 
             assert occupied() >= DISK_RESERVE_BYTES
             lock_file.release()
             assert occupied() == 0
-            assert lock_file.has_room()
+            assert lock_file.restore()
         assert occupied() >= DISK_RESERVE_BYTES

@@ -127,11 +127,10 @@ def repeat(data: bytes, *opening: bytes) -> Script:
 
     async def script(request: Connection) -> None:
         await request.send(b"".join(opening))
-        while True:
+        while not request.closed.is_set():
+            await request.send(data)
             with anyio.move_on_after(0.02):
                 await request.closed.wait()
-                return
-            await request.send(data)
 
     return script
 
@@ -321,7 +320,6 @@ LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-le
 
 RESPONSES: dict[str, Fault] = {
     "html": responds(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
-    "json_completion": responds(200, COMPLETION),
     # Without a member `error`, its message does not make it an error.
     "json_object": responds(200, b'{"message":"The context window is open."}'),
     "json_list": responds(200, b"[1]"),
@@ -396,7 +394,6 @@ RESPONSES: dict[str, Fault] = {
     create_params(
         RESPONSES,
         {
-            "json_completion",
             "reason_not_utf8",
             "gzip",
             "400_too_long",

@@ -14,7 +14,7 @@ from axe_playwright_python.async_playwright import Axe
 
 from tests.browser import Proxy, Tab, open_tab, require_chromium
 from tests.conftest import StartService, StartUpstream, openai_env
-from tests.upstream import END, Connection, delta
+from tests.upstream import END, Connection, delta, response
 
 pytestmark = pytest.mark.slow
 
@@ -51,8 +51,8 @@ async def test_conversation_is_shown_and_stored(service: StartService, browse: B
     assert await tab.page.input_value("#message") == ""
     await tab.send("And again", "mock/lorem-100")
     assert "mock/lorem-100" in await tab.ending(2)
-    response = await app.get(f"/api/v1/sessions/{await tab.session_id()}")
-    messages = [m["content"] for m in (await response.json())["messages"] if m["role"] == "user"]
+    stored = await (await app.get(f"/api/v1/sessions/{await tab.session_id()}")).json()
+    messages = [each["content"] for each in stored["messages"] if each["role"] == "user"]
     assert messages == ["Hello <b>there</b>", "And again"]
     assert await tab.page.locator(".user .text").all_inner_texts() == messages
 
@@ -111,7 +111,7 @@ async def test_ten_thousand_chunks_are_drawn_at_most_once_a_frame(
     assert 0 < draws <= frames + 1
 
 
-async def test_stop_closes_the_provider_connection_and_keeps_the_text(
+async def test_stop_ends_the_provider_request_and_keeps_the_text(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
@@ -123,35 +123,149 @@ async def test_stop_closes_the_provider_connection_and_keeps_the_text(
     await tab.page.click("#stop")
     assert await tab.ending() == "Stopped."
     await (await provider.wait_for_request()).closed.wait()
-    assert (await app.log.wait_for_request(-1))["outcome"] == "client_disconnected"
     assert await tab.page.is_visible("#send")
     await tab.reload()
     assert await tab.response_text() == "So far"
     assert await tab.ending() == "Stopped."
 
 
-async def test_stop_before_the_first_chunk_leaves_no_text(
-    service: StartService, browse: Browse
+async def test_stop_before_the_first_chunk_also_ends_the_provider_request(
+    service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    app = await service()
+    released = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await released.wait()
+        await stay_open(connection)
+
+    provider = await upstream(script)
+    app = await service(**openai_env(provider.url), HEARTBEAT_SECONDS="600")
     tab = await browse(app.url)
-    await tab.send("Hello", "mock/hang")
+    await tab.send("Hello")
+    await provider.wait_for_request()
     await tab.page.click("#stop")
     assert await tab.ending() == "Stopped."
     assert await tab.response_text() == ""
+    # The session's id comes with the first chunk. Then the playground stops the stream.
+    released.set()
+    await (await provider.wait_for_request()).closed.wait()
 
 
-async def test_reload_during_a_response_shows_the_text_so_far(
+async def test_reload_resumes_the_response(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    more = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.stream(delta("So far"))
+        await more.wait()
+        await connection.send_events(delta(" and more."), delta(finish_reason="stop"))
+        await connection.send(END)
+
+    provider = await upstream(script)
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
+    tab = await browse(app.url)
+    # The session of a first response is not stored before the response ends.
+    for number in (1, 2):
+        more.clear()
+        await tab.send("Hello")
+        await tab.page.locator(".text p", has_text="So far").nth(number - 1).wait_for()
+        await tab.page.reload()
+        await tab.page.locator(".text p", has_text="So far").nth(number - 1).wait_for()
+        assert await tab.page.is_visible("#stop")
+        more.set()
+        await tab.page.locator("footer").nth(number - 1).wait_for()
+        await tab.page.locator(".redo").first.wait_for()
+        assert await tab.response_text() == "So far and more."
+        assert await tab.page.locator("article").count() == 2 * number
+    assert len(provider.requests) == 2
+
+
+async def test_reload_shows_the_text_so_far_where_streams_cannot_be_resumed(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
-    app = await service(**openai_env(provider.url))
+    app = await service(**openai_env(provider.url), RESUME_SECONDS="0")
     tab = await browse(app.url)
     await tab.send("Hello")
     await tab.page.locator(".text p", has_text="So far").wait_for()
     await tab.reload()
     assert await tab.response_text() == "So far"
     assert await tab.ending() == "Interrupted."
+
+
+async def test_reasoning_is_folded_and_not_stored(service: StartService, browse: Browse) -> None:
+    app = await service()
+    tab = await browse(app.url)
+    await tab.send("Hello", "mock/reasoning")
+    assert "mock/reasoning" in await tab.ending()
+    assert await tab.page.inner_text("summary") == "Reasoning"
+    assert not await tab.page.is_visible("details .text")
+    await tab.page.click("summary")
+    assert len(await tab.page.inner_text("details .text")) > 5
+    assert await tab.response_text() == "This is mock/reasoning."
+    await tab.reload()
+    assert await tab.page.locator("details").count() == 0
+
+
+async def test_last_turn_can_be_regenerated_and_edited(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    responses = iter(["One", "Two", "Three", "", "Four"])
+    provider = await upstream(lambda connection: connection.complete(next(responses)))
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
+    tab = await browse(app.url)
+    await tab.send("First")
+    await tab.ending()
+    await tab.send("Second")
+    await tab.ending(2)
+    await tab.page.click("text=Regenerate")
+    await tab.page.locator(".assistant", has_text="Three").locator(".redo").first.wait_for()
+    await tab.page.click("text='Edit'")
+    assert await tab.page.input_value("#message") == "Second"
+    await tab.page.click("text=Cancel")
+    assert await tab.page.input_value("#message") == ""
+    await tab.page.click("text='Edit'")
+    # A response without text replaces nothing.
+    await tab.send("Edited in vain")
+    assert "The model returned no text" in await tab.ending(3)
+    await tab.page.click("text='Edit'")
+    await tab.send("Edited")
+    await tab.page.locator(".assistant", has_text="Four").locator(".redo").first.wait_for()
+    await tab.reload()
+    await tab.page.locator(".redo").first.wait_for()
+    texts = await tab.page.locator("article .text").all_inner_texts()
+    assert texts == ["First", "One", "Edited", "Four"]
+    sent = [each.body["messages"][-2:] for each in provider.requests]
+    assert [[message["content"] for message in messages] for messages in sent] == [
+        ["First"],
+        ["One", "Second"],
+        ["One", "Second"],
+        ["One", "Edited in vain"],
+        ["One", "Edited"],
+    ]
+
+
+async def test_user_learns_once_that_older_messages_were_left_out(
+    service: StartService, upstream: StartUpstream, browse: Browse
+) -> None:
+    too_long = b'{"error":{"code":"context_length_exceeded","message":"too long"}}'
+
+    async def script(connection: Connection) -> None:
+        if len(connection.body["messages"]) > 1:
+            await connection.send(response(400, too_long))
+        else:
+            await connection.complete("Text")
+
+    provider = await upstream(script)
+    app = await service(**openai_env(provider.url), RATE_LIMIT="off")
+    tab = await browse(app.url)
+    for number in (1, 2, 3):
+        await tab.send("Hello")
+        await tab.ending(number)
+    notes = tab.page.locator("text=Older messages no longer fit")
+    assert await notes.count() == 1
+    assert await tab.page.locator(".assistant").nth(1).locator(notes).count() == 1
 
 
 async def test_reload_keeps_conversation_model_and_key(
@@ -244,26 +358,6 @@ async def test_conversation_left_while_it_loads_does_not_return(
     await tab.send("Hello again")
     await tab.ending()
     assert await tab.page.locator(".user .text").all_inner_texts() == ["Hello again"]
-
-
-async def test_conversation_left_before_it_loads_is_not_requested(
-    service: StartService, upstream: StartUpstream, browse: Browse
-) -> None:
-    provider = await upstream(stay_open)
-    app = await service(**openai_env(provider.url))
-    tab = await browse(app.url)
-    await tab.send("Hello")
-    await tab.page.locator(".text p", has_text="So far").wait_for()
-    requested: list[str] = []
-    tab.page.on("request", lambda request: requested.append(request.url))
-    await tab.page.clock.install(time=0)
-    await tab.page.clock.pause_at(1)
-    await tab.page.reload()
-    await tab.page.click("#new")
-    await tab.page.clock.fast_forward(10_000)
-    await tab.page.evaluate("fetch('healthz')")
-    assert requested[-1].endswith("/healthz")
-    assert not [url for url in requested if "/sessions/" in url]
 
 
 async def test_expired_conversation_offers_a_new_one(service: StartService, browse: Browse) -> None:
@@ -412,7 +506,7 @@ async def test_error_that_cannot_be_retried_offers_its_request_id(
     assert await tab.page.evaluate(CLIPBOARD) == (await app.log.wait_for_request(-1))["request_id"]
 
 
-async def test_lost_connection_is_not_shown_as_the_end(
+async def test_response_can_be_resumed_after_the_connection_was_lost(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
     provider = await upstream(stay_open)
@@ -424,8 +518,26 @@ async def test_lost_connection_is_not_shown_as_the_end(
     proxy.cut()
     assert "The connection was lost before the response ended." in await tab.ending()
     assert await tab.response_text() == "So far"
+    await tab.page.click("text=Resume")
+    await tab.page.locator(".problem", has_text="cannot be reached").wait_for()
+    await proxy.listen()
+    await tab.page.click("text=Try again")
+    await tab.page.locator(".text p", has_text="So far").wait_for()
+    await tab.page.click("#stop")
+    await tab.page.locator("footer", has_text="Stopped.").wait_for()
+    assert len(provider.requests) == 1
+    proxy.cut()
+    assert [problem for problem in tab.problems if "net::ERR_" not in problem] == []
+    tab.problems.clear()
+
+
+async def test_unreachable_service_is_an_error(service: StartService, browse: Browse) -> None:
+    app = await service()
+    proxy = Proxy(app.url)
+    tab = await browse(await proxy.listen())
+    proxy.cut()
     await tab.send("Still there?")
-    assert "The service cannot be reached." in await tab.ending(2)
+    assert "The service cannot be reached." in await tab.ending()
     assert [problem for problem in tab.problems if "net::ERR_" not in problem] == []
     tab.problems.clear()
 
@@ -562,6 +674,7 @@ before
 4
 
 ~~~python
+
 if a < b:
 
     print("```")
@@ -589,7 +702,7 @@ RENDERED = (
     '<td style="text-align: center;">3</td></tr><tr><td style="text-align: left;">4</td>'
     '<td style="text-align: right;"></td><td style="text-align: center;"></td></tr></tbody>'
     "</table></div>"
-    '<pre>if a &lt; b:\n\n    print("```")</pre><pre>open</pre>'
+    '<pre>\nif a &lt; b:\n\n    print("```")</pre><pre>open</pre>'
 )
 INLINE = {
     "***both*** and *a **b** c*": (
@@ -785,8 +898,8 @@ async def test_code_can_be_selected_and_copied_while_it_arrives(
 async def test_code_and_response_are_copied_as_the_model_wrote_them(
     service: StartService, upstream: StartUpstream, browse: Browse
 ) -> None:
-    response = "Some *code*:\n```python\nif a < b:\n    pass\n```\n"
-    provider = await upstream(lambda connection: connection.complete(response))
+    text = "Some *code*:\n```python\nif a < b:\n    pass\n```\n"
+    provider = await upstream(lambda connection: connection.complete(text))
     app = await service(**openai_env(provider.url))
     tab = await browse(app.url, permissions=["clipboard-read", "clipboard-write"])
     await tab.send("Hello")
@@ -801,7 +914,7 @@ async def test_code_and_response_are_copied_as_the_model_wrote_them(
     assert copied.strip() == "if a < b:\n    pass"
     await tab.page.click("footer >> text=Copy")
     await tab.page.wait_for_selector("footer >> text=Copied")
-    assert await tab.page.evaluate(CLIPBOARD) == response
+    assert await tab.page.evaluate(CLIPBOARD) == text
 
 
 # ---- Accessibility
@@ -1018,6 +1131,6 @@ async def test_axe_finds_no_violation(
 
 
 def test_screenshots_exist() -> None:
-    for name in ("page-light.png", "page-dark.png"):
+    for name in ("playground-light.png", "playground-dark.png"):
         size = (Path(__file__).parent.parent / "docs" / name).stat().st_size
         assert 5_000 < size < 150_000
