@@ -309,21 +309,24 @@ def busy(status: int, *headers: str, retry_after: int | None = None) -> Fault:
     )
 
 
+def incomplete(body: bytes) -> Fault:
+    return responds(200, body, outcome="upstream_incomplete", retryable=True)
+
+
 def error_body(**error: object) -> bytes:
     return error_event(**error).removeprefix(b"data: ")
 
 
-COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
 EVENTS, GZIP = "content-type: text/event-stream", "content-encoding: gzip"
 HTML_503 = b"HTTP/1.1 503 Busy\r\ncontent-type: text/html\r\ncontent-length: 9999999\r\n\r\n"
 LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 1000\r\n"
 
 RESPONSES: dict[str, Fault] = {
     "html": responds(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
-    # Without a member `error`, its message does not make it an error.
-    "json_object": responds(200, b'{"message":"The context window is open."}'),
-    "json_list": responds(200, b"[1]"),
-    "malformed_json": responds(200, b"{"),
+    # Its message does not make it an error.
+    "json_object": incomplete(b'{"message":"The context window is open."}'),
+    "json_list": incomplete(b"[1]"),
+    "malformed_json": incomplete(b"{"),
     "json_error": responds(200, error_body(message="no"), retryable=True),
     "json_error_429": responds(
         200, error_body(code=429), outcome="upstream_unavailable", retryable=True
@@ -394,6 +397,7 @@ RESPONSES: dict[str, Fault] = {
     create_params(
         RESPONSES,
         {
+            "json_list",
             "reason_not_utf8",
             "gzip",
             "400_too_long",
@@ -416,12 +420,25 @@ async def test_unrequested_protocol_switch_is_an_error() -> None:
     await check(Fault(send_and_close(head)))
 
 
-async def test_interim_responses_are_skipped() -> None:
-    async def script(request: Connection) -> None:
-        early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
-        await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
-        await request.complete("Hel", "lo")
+async def send_after_interim_responses(request: Connection) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
+    await request.complete("Hel", "lo")
 
+
+COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        send_after_interim_responses,
+        send(response(200, COMPLETION)),
+        send(response(200, COMPLETION, EVENTS)),
+    ],
+    ids=["interim_responses", "json", "json_as_event_stream"],
+)
+async def test_unusual_response_that_contains_a_completion_is_done(script: Script) -> None:
     async with run_scenario(script) as play:
         text, last = await read_to_end(await play.chat())
         assert (text, get_outcome(last)) == ("Hello", "done")
