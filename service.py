@@ -4,6 +4,12 @@
 The path of a request through its route is in endpoints.py.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C while the modules below are loaded ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import gc
 import logging
