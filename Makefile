@@ -62,7 +62,8 @@ check: $(VENV)/dev ## check format, lint, types and the deployment files
 	@$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 audit: $(VENV)-audit/ready ## check the locked packages for known vulnerabilities; write sbom.cdx.json
-	@$(VENV)-audit/bin/python -m tools.audit
+	@$(VENV)-audit/bin/cyclonedx-py requirements requirements/run.txt --output-reproducible -o sbom.cdx.json
+	@$(VENV)-audit/bin/pip-audit -r requirements/run.txt --require-hashes --disable-pip
 
 openapi: $(VENV)/dev ## write static/openapi.json
 	@$(BIN)/python -m tools.openapi

@@ -4,21 +4,18 @@
 const KEY = `chat-sidecar ${location.pathname}`;
 // The service forgets idle sessions anyway, after a day by default.
 const MAX_CONVERSATIONS = 50;
-// Used when the browser refuses to store anything.
-let unsaved = [];
 
 export function listConversations() {
   try {
-    return JSON.parse(localStorage.getItem(KEY)) ?? unsaved;
+    return JSON.parse(localStorage.getItem(KEY)) ?? [];
   } catch {
-    return unsaved;
+    return [];
   }
 }
 
-/** Put `conversation` first. */
-export function saveConversation(conversation) {
-  const others = listConversations().filter(({ id }) => id !== conversation.id);
-  save([conversation, ...others].slice(0, MAX_CONVERSATIONS));
+/** Put a conversation first. */
+export function saveConversation(saved) {
+  save([saved, ...listConversations().filter(({ id }) => id !== saved.id)]);
 }
 
 export function removeConversation(removed) {
@@ -26,8 +23,7 @@ export function removeConversation(removed) {
 }
 
 function save(conversations) {
-  unsaved = conversations;
   try {
-    localStorage.setItem(KEY, JSON.stringify(conversations));
-  } catch { /* The list lasts as long as the tab. */ }
+    localStorage.setItem(KEY, JSON.stringify(conversations.slice(0, MAX_CONVERSATIONS)));
+  } catch { /* A browser that stores nothing has no list. */ }
 }

@@ -16,6 +16,7 @@ const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(?=\S)/;
 const COLUMN = /^:?-+:?$/;
+const ALIGNS = { ":-": "left", "-:": "right", ":-:": "center" };
 // The start of a line whose block is not known yet; the same while a code block is open.
 const AMBIGUOUS = /^[\s>*+\-#_\d.)|:`~]*$|^[\s>*+\-\d.)]*(?:`{3}|~{3})/;
 const AMBIGUOUS_IN_CODE = /^[\s`~]*$/;
@@ -62,6 +63,7 @@ class CodeBlock {
     this.fence = fence;
     // Text is only ever appended, so that selections and scroll positions stay.
     this.text = "";
+    this.isEmpty = true;
     this.node = document.createTextNode("");
     const language = info.trim().split(" ")[0] || "code";
     const code = make("code", {}, this.node);
@@ -75,7 +77,8 @@ class CodeBlock {
   }
 
   addLine(line) {
-    this.text += this.text || this.node.length ? `\n${line}` : line;
+    this.text += this.isEmpty ? line : `\n${line}`;
+    this.isEmpty = false;
   }
 
   draw() {
@@ -88,8 +91,7 @@ class CodeBlock {
 class Table {
   constructor(header, columns) {
     this.text = header;
-    this.aligns = columns.map((mark) =>
-      (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : mark[0] === ":" && "left"));
+    this.aligns = columns.map((mark) => ALIGNS[mark.replace(/-+/, "-")] ?? "");
     this.emptyCells = 0;
     this.body = make("tbody");
     const head = make("thead", {}, this.row("th", header));
@@ -111,7 +113,7 @@ class Table {
       // An empty header names nothing: it is a plain cell.
       const cell = make(texts[i] ? name : "td", {}, inline(texts[i] ?? ""));
       if (cell.localName === "th") cell.scope = "col";
-      cell.style.textAlign = align || "";
+      cell.style.textAlign = align;
       return cell;
     }));
   }

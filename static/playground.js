@@ -104,7 +104,7 @@ async function send(message, replace = false) {
     message, model_id: model || null, session_id: mine.id ?? null,
     include_reasoning: true, replace_last_turn: replace,
   };
-  const key = crypto.getRandomValues(new Uint32Array(4)).join("-");
+  const key = crypto.getRandomValues(new Uint8Array(16)).join("-");
   const end = await receive(turn, call("POST", "chat", body, key));
   // Meanwhile the user may have opened another conversation.
   if (mine !== conversation) return;
@@ -161,7 +161,7 @@ async function receive(turn, opening) {
   }
   if (mine !== conversation) return end;
   running = null;
-  delete tab.streaming;
+  if (end.error?.code !== "connection_lost") delete tab.streaming;
   turn.finish(end);
   if (end.history_trimmed && !mine.trimmed) {
     remember(mine, { trimmed: true });
@@ -172,7 +172,7 @@ async function receive(turn, opening) {
 
 async function stop() {
   const stopped = running;
-  // With the answer the text is stored and the session is free.
+  // After the response to DELETE, the text is stored and the session is free.
   if (stopped && conversation.id) await stopStream(conversation.id);
   stopped?.abort();
 }
@@ -234,7 +234,7 @@ async function restore() {
   if (resumes && !running) {
     // The first response of a session is running: the session is not stored yet.
     await receive(new Turn(message), Promise.resolve(stream));
-    if (mine === conversation) show(mine);
+    if (mine === conversation) show(mine, tab.streaming);
   } else if (end.error?.code === "session_not_found") {
     removeConversation(mine.id);
     show({});
@@ -347,16 +347,18 @@ function refresh() {
     compose(message);
     refresh();
   };
-  const redo = { className: "redo" };
-  footer.append(button("Edit the message", edit, redo));
-  footer.append(button("Regenerate", () => send(message, true), redo));
+  const regenerate = () => send(message, true);
+  footer.append(button("Edit", edit, { className: "redo", title: "Edit your message" }));
+  footer.append(button("Regenerate", regenerate, { className: "redo" }));
 }
 
 function showList() {
   const stored = listConversations();
   $("stored").replaceChildren(...stored.map((each) => {
-    const open = button(each.title, () => show(each), { title: each.title, dir: "auto" });
-    open.ariaCurrent = each.id === conversation.id ? "true" : null;
+    const isShown = each.id === conversation.id;
+    const choose = () => (isShown ? $("conversations").hidePopover() : show(each));
+    const open = button(each.title, choose, { title: each.title, dir: "auto" });
+    open.ariaCurrent = isShown ? "true" : null;
     const name = `Delete “${each.title}”`;
     const remove = button("×", () => deleteConversation(each), { ariaLabel: name, title: name });
     return make("li", {}, open, remove);

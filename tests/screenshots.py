@@ -1,6 +1,6 @@
-"""Takes the README's pictures of the page, into docs/. `make screenshots` runs it.
+"""Take the README's screenshots of the playground; `make screenshots` runs it.
 
-The answer in them is written down here and no model's.
+A scripted provider sends the response.
 """
 
 import asyncio
@@ -11,29 +11,30 @@ from tests.conftest import running_service
 from tests.upstream import DONE, END, Connection, event, running_upstream
 
 DOCS = Path(__file__).parent.parent / "docs"
-QUESTION = "How do I read your answer in Python while it is being written?"
-ANSWER = """Send one POST and read **one line for each event**:
+MESSAGE = "How do I show a response in Python while it is being written?"
+RESPONSE = """Send one POST and read **one line for each event**:
 
 ```python
 import httpx, json
 
 request = {"message": "Hello", "session_id": "demo"}
-with httpx.stream("POST", f"{URL}/api/v1/chat", json=request) as answer:
-    for line in answer.iter_lines():
+with httpx.stream("POST", f"{URL}/api/v1/chat", json=request) as response:
+    for line in response.iter_lines():
         if line.startswith("data: "):
             event = json.loads(line[6:])
             print(event.get("chunk", ""), end="")
 ```
 
 - An event has a `chunk` of text, or a `status`.
-- *Exactly one* event with `done` or `error` ends the answer.
+- *Exactly one* event with `done` or `error` ends the response.
 """
 
 
 async def script(connection: Connection) -> None:
-    chunks = [{"model": "demo", "choices": [{"delta": {"content": ANSWER}}]}]
+    chunk = {"model": "demo", "choices": [{"delta": {"content": RESPONSE}}]}
     usage = {"prompt_tokens": 15, "completion_tokens": 117, "total_tokens": 132}
-    await connection.stream(*map(event, [*chunks, {"choices": [], "usage": usage}]), DONE)
+    end = {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}
+    await connection.stream(event(chunk), event(end), DONE)
     await connection.send(END)
 
 
@@ -42,11 +43,11 @@ async def main() -> None:
         model = {"PROVIDERS": "local", "LOCAL_BASE_URL": upstream.url, "DEFAULT_MODEL": "demo"}
         async with running_service(model) as app:
             for scheme in ("light", "dark"):
-                size = {"width": 860, "height": 700}
+                size = {"width": 860, "height": 740}
                 async with open_tab(app.url, viewport=size, color_scheme=scheme) as tab:
-                    await tab.send(QUESTION)
+                    await tab.send(MESSAGE)
                     await tab.ending()
-                    await tab.page.screenshot(path=DOCS / f"page-{scheme}.png")
+                    await tab.page.screenshot(path=DOCS / f"playground-{scheme}.png")
 
 
 if __name__ == "__main__":

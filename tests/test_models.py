@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def state(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The setting of a session store, of each kind."""
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
+        with closing(server.shell()) as shell:
+            shell.flushall()
         return {"STATE_URL": server.url}
     return {
         "STATE_URL": {"memory": "memory://", "file": f"sqlite:///{tmp_path}/a.db"}[request.param]

@@ -221,15 +221,15 @@ async def test_last_turn_can_be_regenerated_and_edited(
     await tab.ending(2)
     await tab.page.click("text=Regenerate")
     await tab.page.locator(".assistant", has_text="Three").locator(".redo").first.wait_for()
-    await tab.page.click("text=Edit the message")
+    await tab.page.click("text='Edit'")
     assert await tab.page.input_value("#message") == "Second"
     await tab.page.click("text=Cancel")
     assert await tab.page.input_value("#message") == ""
-    await tab.page.click("text=Edit the message")
+    await tab.page.click("text='Edit'")
     # A response without text replaces nothing.
     await tab.send("Edited in vain")
     assert "The model returned no text" in await tab.ending(3)
-    await tab.page.click("text=Edit the message")
+    await tab.page.click("text='Edit'")
     await tab.send("Edited")
     await tab.page.locator(".assistant", has_text="Four").locator(".redo").first.wait_for()
     await tab.reload()
@@ -526,6 +526,7 @@ async def test_response_can_be_resumed_after_the_connection_was_lost(
     await tab.page.click("#stop")
     await tab.page.locator("footer", has_text="Stopped.").wait_for()
     assert len(provider.requests) == 1
+    proxy.cut()
     assert [problem for problem in tab.problems if "net::ERR_" not in problem] == []
     tab.problems.clear()
 
@@ -673,6 +674,7 @@ before
 4
 
 ~~~python
+
 if a < b:
 
     print("```")
@@ -700,7 +702,7 @@ RENDERED = (
     '<td style="text-align: center;">3</td></tr><tr><td style="text-align: left;">4</td>'
     '<td style="text-align: right;"></td><td style="text-align: center;"></td></tr></tbody>'
     "</table></div>"
-    '<pre>if a &lt; b:\n\n    print("```")</pre><pre>open</pre>'
+    '<pre>\nif a &lt; b:\n\n    print("```")</pre><pre>open</pre>'
 )
 INLINE = {
     "***both*** and *a **b** c*": (
@@ -1129,6 +1131,6 @@ async def test_axe_finds_no_violation(
 
 
 def test_screenshots_exist() -> None:
-    for name in ("page-light.png", "page-dark.png"):
+    for name in ("playground-light.png", "playground-dark.png"):
         size = (Path(__file__).parent.parent / "docs" / name).stat().st_size
         assert 5_000 < size < 150_000

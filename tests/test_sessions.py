@@ -428,6 +428,7 @@ async def test_nothing_is_evicted_below_half(file: Path, clock: Clock) -> None:
 @pytest.mark.parametrize("chosen", [True, False])
 async def test_large_store_notices_that_it_is_half_full(clock: Clock, chosen: bool) -> None:
     """The store does not look at its size for every turn."""
+    number = 0
     evictions: list[int] = []
     async with open_store(
         ":memory:",
