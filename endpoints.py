@@ -220,6 +220,8 @@ class Service:
             generation = self.resumable.start(caller.owner, key, hashed, record.request_id)
             self.resumable.run(self._generate(generation, record, caller, chat, targets, slot))
             reader = self.resumable.read(generation, "", whole=not chat.stream)
+        else:
+            request.state.record.headers["Idempotent-Replayed"] = "true"
         await self._read_stream(reader, request, send)
 
     async def _generate(

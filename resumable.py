@@ -164,12 +164,8 @@ class Reader(ClientStream):
     It is one of the generation's readers from its creation until its call ends.
     """
 
-    def __init__(
-        self, generation: Generation, position: int, settings: Settings, *, replayed: bool
-    ) -> None:
+    def __init__(self, generation: Generation, position: int, settings: Settings) -> None:
         super().__init__(settings)
-        if replayed:
-            self._headers.append((b"idempotent-replayed", b"true"))
         self.generation = generation
         # The terminal event is sent in any case.
         self.position = min(position, generation.last)
@@ -248,13 +244,8 @@ class WholeReader(Reader):
         if self._task is not None and self.generation.end is not None:
             self._caught_up.set()
 
-    async def _relay(self) -> None:
-        self.advance()
-        await self._caught_up.wait()
-        self.end = self.end or self.generation.end
-
-    def _send_heartbeat(self) -> None:
-        self._sent_at = self._now()
+    async def _ensure_open(self) -> None:
+        """Send nothing before the end."""
 
     async def _send_end(self, end: End) -> None:
         if isinstance(end, Completion | Stopped):
@@ -296,7 +287,7 @@ class ResumableStreams:
         if generation.request_hash != hash_request(chat):
             problem = "This Idempotency-Key was used with another request. Send a new key."
             raise ServiceError("idempotency_key_reused", problem)
-        return self.read(generation, event_id, replayed=True, whole=not chat.stream)
+        return self.read(generation, event_id, whole=not chat.stream)
 
     def start(self, owner: str, key: str, chat: ChatRequest, request_id: str) -> Generation:
         """Return a new generation, which has the key from now on."""
@@ -317,14 +308,7 @@ class ResumableStreams:
         found = (self._by_session.get(session) for session in sessions)
         return next((generations[-1] for generations in found if generations), None)
 
-    def read(
-        self,
-        generation: Generation,
-        event_id: str,
-        *,
-        replayed: bool = False,
-        whole: bool = False,
-    ) -> Reader:
+    def read(self, generation: Generation, event_id: str, *, whole: bool = False) -> Reader:
         """Return a reader that begins after the event with this id, or sends one JSON object.
 
         Raise too_many_streams.
@@ -333,8 +317,11 @@ class ResumableStreams:
             problem = f"This stream is at its limit of {MAX_READERS} readers. Close one and retry."
             raise ServiceError("too_many_streams", problem, retry_after=1)
         position = generation.find_event(event_id)
-        kind = WholeReader if whole else Reader
-        reader = kind(generation, position, self._settings, replayed=replayed)
+        reader: Reader
+        if whole:
+            reader = WholeReader(generation, position, self.stream_settings)
+        else:
+            reader = Reader(generation, position, self._settings)
         generation.readers.add(reader)
         self._update_expiry(generation)
         return reader
@@ -355,11 +342,9 @@ class ResumableStreams:
 
     async def aclose(self) -> None:
         """End all generations. Return when their turns are stored."""
-        for generation in [*self._running, *self._ended]:
+        for generation in list(self._running):
             if generation.stream is not None:
                 generation.stream.abort(shutting_down())
-            if generation.expiry is not None:
-                generation.expiry.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
