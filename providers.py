@@ -501,7 +501,7 @@ async def complete(
             if sink.started:
                 raise
             failure = error
-        if is_too_long(attempt) and (turns := count_turns(messages)):
+        if attempt.reason == "context_length" and (turns := count_turns(messages)):
             dropped = (turns + 1) // 2
             call.dropped_turns += dropped
             messages = drop_oldest_turns(messages, dropped)
@@ -513,12 +513,6 @@ async def complete(
         if retries == settings.max_retries or not failure.retryable or now() + wait >= deadline:
             raise failure
         await anyio.sleep(wait)
-
-
-def is_too_long(attempt: Attempt) -> bool:
-    """Return whether the provider surely rejected the conversation as too long for the model."""
-    certain = attempt.reason == "context_length"
-    return certain or (attempt.reason == "too_long" and attempt.status in (400, 413))
 
 
 def count_turns(messages: Sequence[Message]) -> int:

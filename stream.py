@@ -37,6 +37,9 @@ STREAM_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
+# Reads of the provider whose events are held until the status line is sent. Each has up to 256 KiB,
+# and many can come in one turn of the event loop.
+MAX_HELD_READS = 4
 HEARTBEAT = b": keep-alive\n\n"
 # Storing a turn takes milliseconds.
 FINISH_SECONDS = 5.0
@@ -173,6 +176,9 @@ class ClientStream(ABC):
         self._state = State.OPEN
         if self._held:
             self._connection.write(b"".join(self._held))
+            self._held.clear()
+        if not self._connection.paused:
+            self._on_resume()
 
     def _pause(self, now: float) -> None:
         """Note that the client does not read."""
@@ -330,7 +336,7 @@ class EventStream(ClientStream, Sink):
         self._waiting_since = now
         if chunks:
             self._write_chunks(chunks, now)
-        if self._connection.paused:
+        if self._connection.paused or len(self._held) > MAX_HELD_READS:
             self._pause(now)
             return False
         return True
