@@ -8,15 +8,18 @@ PIP := -m pip install --disable-pip-version-check --require-hashes --compile
 COMPILE := uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-index-url
 
-# What `make bench` measures, each in its own environment. Debian's Python and the official images' are
-# built with profile-guided optimisation; one that pyenv compiled is about a quarter slower.
-PEERS := service fastapi ferro litellm
+# The programs that `make bench` measures, each in its own environment. `litellm` is possible, too.
+# Debian's Python and the official images' are built with profile-guided optimisation; one that pyenv
+# compiled is about a quarter slower.
+PEERS ?= service 0.1.0 ferro fastapi
 BENCH_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
+# The commit of version 0.1.0.
+BASELINE := 3da361a
 # A network namespace of its own, because one of the peers listens on all interfaces.
 ALONE := unshare $(if $(filter-out 0,$(shell id -u)),--map-root-user) --net sh -c \
 	'ip link set lo up && ulimit -n 8192 && exec "$$@"' bench
 
-.PHONY: help run test test-all test-client soak fuzz bench bench-growth check audit openapi docs screenshots lock clean
+.PHONY: help run test test-all test-client soak fuzz bench check audit openapi docs screenshots lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -48,11 +51,8 @@ soak: $(VENV)/dev ## run 20,000 chats with random faults, disconnects and slow r
 fuzz: $(VENV)/dev ## send malformed requests for 5 minutes
 	@$(BIN)/python -m tests.fuzz
 
-bench: $(VENV)/run $(PEERS:%=$(VENV)-bench/%/ready) ## measure the service and its peers; 20 minutes; BENCH='--rounds 1 --cases burst'
+bench: $(VENV)/run $(PEERS:%=$(VENV)-bench/%/ready) ## measure the service beside its peers; 25 minutes; BENCH='--rounds 1 --loads burst'
 	@$(ALONE) $(BIN)/python -m bench $(BENCH)
-
-bench-growth: $(VENV)/run $(VENV)-bench/service/ready ## measure how cost grows with streams, sessions and callers; 4 minutes
-	@$(ALONE) $(BIN)/python -m bench.growth $(BENCH)
 
 check: $(VENV)/dev ## check format, lint, types and the deployment files
 	@$(BIN)/ruff format --check .
@@ -62,7 +62,8 @@ check: $(VENV)/dev ## check format, lint, types and the deployment files
 	@$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 audit: $(VENV)-audit/ready ## check the locked packages for known vulnerabilities; write sbom.cdx.json
-	@$(VENV)-audit/bin/python -m tools.audit
+	@$(VENV)-audit/bin/cyclonedx-py requirements requirements/run.txt --output-reproducible -o sbom.cdx.json
+	@$(VENV)-audit/bin/pip-audit -r requirements/run.txt --require-hashes --disable-pip
 
 openapi: $(VENV)/dev ## write static/openapi.json
 	@$(BIN)/python -m tools.openapi
@@ -79,7 +80,7 @@ lock: ## upgrade and lock all packages in requirements/; needs uv
 	$(COMPILE) --group test-all -c requirements/run.txt -c requirements/dev.txt \
 		-o requirements/test-all.txt
 	$(COMPILE) --group audit -o requirements/audit.txt
-	for peer in $(filter-out service,$(PEERS)); do \
+	for peer in fastapi ferro litellm; do \
 		$(COMPILE) --group bench-$$peer -o requirements/bench-$$peer.txt || exit; done
 
 clean: ## remove environments, caches and reports
@@ -117,13 +118,18 @@ $(VENV)-audit/ready: requirements/audit.txt
 	@$(VENV)-audit/bin/python $(PIP) --quiet -r $<
 	@touch $@
 
+# --no-deps: the lock files are complete, and pip before 25 may resolve an extra to another version.
 define INSTALL_MEASURED
 @echo "Installing $(notdir $(@D)) for the benchmark"
 @$(BENCH_PYTHON) -m venv $(@D)
-@$(@D)/bin/python $(PIP) --quiet -r $< && touch $@ \
-	|| echo "$(notdir $(@D)) cannot be installed and will be reported as missing."
+@$(@D)/bin/python $(PIP) --quiet --no-deps -r $(or $<,$(@D)/source/requirements.txt) && touch $@ \
+	|| { echo "Could not install $(notdir $(@D)); the benchmark omits it." && rm -r $(@D); }
 endef
 $(VENV)-bench/service/ready: requirements/run.txt
+	$(INSTALL_MEASURED)
+$(VENV)-bench/0.1.0/ready:
+	@mkdir -p $(@D)/source
+	@git archive $(BASELINE) | tar -x -C $(@D)/source || true
 	$(INSTALL_MEASURED)
 $(VENV)-bench/%/ready: requirements/bench-%.txt
 	$(INSTALL_MEASURED)

@@ -40,8 +40,8 @@ UNWANTED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u180e\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufdd0-\ufdef"
     f"\ufeff\ufff9-\ufffb\U000e0000-\U000e007f{NONCHARACTERS}]"
 )
-# Characters that render as nothing whatever their category: Unicode's property
-# Default_Ignorable_Code_Point, and the blank Braille pattern.
+# Characters of any category that render as nothing: Unicode's Default_Ignorable_Code_Point, and the
+# blank Braille pattern.
 BLANK = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
@@ -49,8 +49,8 @@ BLANK = re.compile(
 )
 # CPython sorts a run of combining marks in quadratic time: 60 KB of them blocked the event loop for
 # 20 s. Longer runs than the 30 marks that any script needs (UAX 15, 13.1) are sorted here first.
-# A mark is neither a letter nor a digit. Its combining class does not tell it from a base character
-# before it is decomposed: U+0F73, U+0F75 and U+0F81 have class 0 and decompose into two marks.
+# Marks are found after decomposition, because U+0F73, U+0F75 and U+0F81 have combining class 0 and
+# decompose into two marks each. A mark is neither a letter nor a digit, so most text is skipped.
 LONG_SYMBOL_RUN = re.compile(r"[^\w\x00-\u02ff]{31,}")
 LONG_MARK_RUN = re.compile(rb"[^\0]{31,}")  # in combining classes
 

@@ -1,6 +1,6 @@
 """The SQLite database of the session store: schema, permissions, size limit, and full disks.
 
-Knows nothing of sessions but their schema. All methods of `Database` block.
+Knows nothing of sessions but their schema. The methods of `Database` block.
 """
 
 import fcntl
@@ -17,8 +17,6 @@ from settings import InUseError, SettingsError
 
 # Marks the file as ours (sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = int.from_bytes(b"chat")
-# Writes the write-ahead log to the file.
-TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 # How long a write waits for another process (a backup, the sqlite3 shell) to unlock the file.
 BUSY_SECONDS = 1.0
 # Disk space that is reserved for deleting sessions, and for storing the turns of responses that are
@@ -30,6 +28,8 @@ FILE_RESERVE_BYTES = 2**24
 # it writes about twice as many to the write-ahead log.
 SHRINK_PAGES = 1000
 FULL_DISK_SHRINK_PAGES = 8
+# More than a turn adds to the file: a response has up to 4 MiB, and a page has 4 KiB.
+MAX_TURN_PAGES = 2**11
 # The scripts that create the database, one for each version of the schema. A file with an older
 # version gets those that it lacks. A file with a newer version is rejected.
 SCHEMAS = (
@@ -90,6 +90,8 @@ class Database:
         limit = max_bytes // page_size
         reserve = min(limit // 4, FILE_RESERVE_BYTES // page_size)
         self._half = limit // 2
+        # The file is certainly less than half full until so many turns have been checked.
+        self._turns_left = 0
         if pages > limit:
             size = f"{path} has {pages * page_size} bytes, more than STATE_MAX_BYTES={max_bytes}"
             log.warning("%s; it does not grow. Raise STATE_MAX_BYTES, or let sessions expire", size)
@@ -111,8 +113,17 @@ class Database:
         """Return whether the file or the disk has no room for another turn."""
         return self.is_disk_full() or self._uses_more_than(self._full)
 
+    def is_far_from_full(self) -> bool:
+        """Return whether there certainly is room for another turn, without blocking.
+
+        The event loop calls this while the store's thread works, so `_turns_left` may be off by a
+        few. MAX_TURN_PAGES allows for that.
+        """
+        self._turns_left -= 1
+        return self._turns_left > 0 and (self._lock_file is None or self._lock_file.has_room())
+
     def is_disk_full(self) -> bool:
-        return self._lock_file is not None and not self._lock_file.has_room()
+        return self._lock_file is not None and not self._lock_file.restore()
 
     def shrink(self) -> bool:
         """Return some free pages to the file system, and whether there were any.
@@ -121,7 +132,7 @@ class Database:
         """
         before = self._pragma("page_count")
         pages = FULL_DISK_SHRINK_PAGES if self.is_disk_full() else SHRINK_PAGES
-        script = f"PRAGMA incremental_vacuum({pages}); {TRUNCATE_LOG}"
+        script = f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
         self._use_reserve(lambda: self._db.executescript(script))
         return self._pragma("page_count") < before
 
@@ -140,13 +151,16 @@ class Database:
             if self._lock_file is None or not full:
                 raise
             self._lock_file.release()
-            self._db.executescript(TRUNCATE_LOG)
             return work()
 
     def _uses_more_than(self, pages: int) -> bool:
-        """Return whether more than `pages` pages contain data."""
-        size = self._pragma("page_count")
-        return size > pages and size - self._pragma("freelist_count") > pages
+        """Return whether more than `pages` pages, which are at least half of all, contain data."""
+        self._turns_left -= 1
+        if self._turns_left > 0:
+            return False
+        used = self._pragma("page_count") - self._pragma("freelist_count")
+        self._turns_left = (self._half - used) // MAX_TURN_PAGES
+        return used > pages
 
     def _pragma(self, pragma: str) -> int:
         value: int = self._db.execute(f"PRAGMA {pragma}").fetchone()[0]
@@ -174,26 +188,30 @@ class LockFile:
                 " redis:// to share sessions between processes"
             ) from None
         disk = os.fstatvfs(self._file)
-        # Some file systems do not report their size.
+        # Some file systems report 0 for their size.
         size = disk.f_blocks * disk.f_frsize or 2**40
         self.reserve = min(DISK_RESERVE_BYTES, size // 8)
         self._reserved = os.fstat(self._file).st_size == self.reserve
         # On a full disk, SQLite needs the reserved space to open the database.
-        if not self.has_room():
+        if not self.restore():
             self.release()
 
     def has_room(self) -> bool:
-        """Reserve the space if it is not reserved. Return whether as much is free beside it."""
-        disk = os.fstatvfs(self._file)
-        needed = self.reserve if self._reserved else 2 * self.reserve
-        if disk.f_blocks and disk.f_bavail * disk.f_frsize < needed:
-            return False
-        if not self._reserved:
+        """Return whether the space is reserved and as much is free beside it."""
+        return self._reserved and self._is_free(self.reserve)
+
+    def restore(self) -> bool:
+        """Reserve the space, if it is not and the disk has room, and return `has_room`."""
+        if not self._reserved and self._is_free(2 * self.reserve):
             # Random bytes, because file systems that compress reserve nothing for zeros.
             with suppress(OSError):
                 written = os.pwrite(self._file, os.urandom(self.reserve), 0)
                 self._reserved = written == self.reserve
-        return self._reserved
+        return self.has_room()
+
+    def _is_free(self, size: int) -> bool:
+        disk = os.fstatvfs(self._file)
+        return not disk.f_blocks or disk.f_bavail * disk.f_frsize >= size
 
     def release(self) -> None:
         """Let SQLite use the reserved space."""

@@ -50,7 +50,6 @@ class ResponseBody(httpx.AsyncByteStream):
 
     def __init__(self, connection: "Connection") -> None:
         self._connection = connection
-        self._parser = httptools.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self.head: asyncio.Future[None] = self._loop.create_future()
@@ -62,6 +61,9 @@ class ResponseBody(httpx.AsyncByteStream):
         self._received_bytes = 0
         self._overhead_bytes = 0
         self._parts: list[bytes] = []
+        # httptools calls it for each part of the body, which is each event of a stream.
+        self.on_body = self._parts.append
+        self._parser = httptools.HttpResponseParser(self)
         self._consume: Callable[[bytes], None] | None = None
         self._complete = self._stopped = self._reusable = False
 
@@ -181,9 +183,6 @@ class ResponseBody(httpx.AsyncByteStream):
         if self._interim_responses > MAX_INTERIM_RESPONSES:
             problem = f"The server sent more than {MAX_INTERIM_RESPONSES} interim responses"
             self.fail(httpx.RemoteProtocolError(problem))
-
-    def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
 
     def on_message_complete(self) -> None:
         if self.status:

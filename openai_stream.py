@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from errors import ServiceError
 from provider_errors import classify_error, is_error
@@ -51,7 +51,7 @@ class SSEDecoder:
 
     `feed` takes bytes split anywhere and returns the events they complete, as (name, data) pairs.
     It also reads what the standard ignores or garbles: a line `error: {...}` (llama-box) is an
-    event named `error`, a line that starts with `{` is an event named `json`, and data lines that
+    event named `error`, JSON without a field name is an event named `json`, and data lines that
     are each complete are one event each, as if there were blank lines between them.
     """
 
@@ -100,7 +100,10 @@ def _read_block(block: bytes) -> list[tuple[bytes, bytes]]:
     """Return the events in lines without a blank line between them."""
     events: list[tuple[bytes, bytes]] = []
     name, data = b"", []
-    for line in block.split(b"\n"):
+    lines = block.strip(b"\n").split(b"\n")
+    if lines[0].startswith(b"{"):
+        name, data, lines = b"json", lines, []
+    for line in lines:
         field, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if field == b"data":
@@ -161,7 +164,8 @@ class CompletionParser:
         active = False
         for name, payload in self._decoder.feed(data):
             try:
-                event = from_json(payload, allow_inf_nan=False)
+                # The cache of strings would take as long as parsing.
+                event = from_json(payload, allow_inf_nan=False, cache_strings="none")
             except ValueError:
                 event = self._parse_leniently(payload)
             try:
@@ -249,7 +253,8 @@ class CompletionParser:
             self.model = model
         usage = event.get("usage") or ("x_groq" in event and (event["x_groq"] or {}).get("usage"))
         if usage and isinstance(usage, dict):
-            self.usage = usage
+            # 1e999 is valid JSON, but would be sent to the client as Infinity.
+            self.usage = from_json(to_json(usage, inf_nan_mode="null"))
         active = False
         for choice in choices:
             active |= self._read_choice(choice, chunks)

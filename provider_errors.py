@@ -48,13 +48,13 @@ TOO_LONG = _pattern(
     "context.?(length|window|size|limit)s?.{0,30}(exceed|overflow|only|reached)|context.?overflow",
     "(exceed|(long|great|larg)er than|not fit).{0,50}context(?! (deadline|cancel))|上下文",
     r"\b(prompt|inputs?|messages?|conversation|context|tokens)\b(?!.{0,40} took).{0,40} too "
-    r"(long|large)|_too_(long|large)|\brequest (\w{1,20} )?too large|max_?prompt_?tokens|tokens_limit_",
+    r"(long|large)|_too_(long|large)|\brequest (\w{1,20} )?too large|max_?prompt_?tokens",
     r"\b(prompt|inputs?|messages?|request\b.{0,60} tokens?)\b.{0,60} exceed|shorter (input|prompt)",
     "max(imum)? (allowed )?(prompt|input|model) length|too.?many.?(input.?|prompt.?)?tokens",
     "exceed.{0,20} token limit|(token|conversation) (length|limit).{0,9} exceed|total text bytes",
     "reduce the length of|(reduce|shorten) (your|the) (prompt|input|messages?|conversation)",
     "inputs?[` ].{0,60}must (be|have) (<=|less than|at most)|range of input length",
-    "max_tokens must be at least 1, got -",
+    "max_tokens must be at least 1, got -|tokens_limit_reached",
 )
 REFUSED = _pattern(
     "content.?(exists )?(filter|polic|moderat|management|safety|risk|violat|blocked)|敏感|违规",

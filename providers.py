@@ -261,10 +261,13 @@ async def _check(response: httpx.Response, model: str) -> None:
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = response.headers.get("content-encoding", "").strip().lower()
     compressed = encoding not in ("", "none", "identity")
-    succeeded = response.status_code == 200
-    if succeeded and compressed:
-        raise ServiceError("upstream_error", "The provider sent a compressed stream, unrequested.")
-    if succeeded and media_type not in ("application/json", "text/html"):
+    if response.status_code == 200:
+        if compressed:
+            problem = "The provider sent a compressed stream, unrequested."
+            raise ServiceError("upstream_error", problem)
+        if media_type == "text/html":
+            problem = "The provider answered with a web page. Its address is probably wrong."
+            raise ServiceError("upstream_error", problem)
         return
     body, source = bytearray(), response.extensions["body"]
 
@@ -274,15 +277,11 @@ async def _check(response: httpx.Response, model: str) -> None:
             source.stop()
 
     await source.push(take)
-    details = None
+    data = _decompress(bytes(body)) if compressed else bytes(body)
+    details: Any = None if media_type == "text/html" else data.decode(errors="replace")
     with suppress(ValueError):
-        details = from_json(_decompress(bytes(body)) if compressed else bytes(body))
-    if succeeded and not (isinstance(details, dict) and details.get("error")):
-        raise ServiceError(
-            "upstream_error", "The provider answered with something other than an event stream."
-        )
-    status = 500 if succeeded else response.status_code
-    raise classify_error(status, details, response.headers, time.time(), model)
+        details = from_json(data)
+    raise classify_error(response.status_code, details, response.headers, time.time(), model)
 
 
 def _decompress(body: bytes) -> bytes:
@@ -495,7 +494,8 @@ async def complete(
         try:
             seconds = (deadline - now()) / (targets_left + 1)
             completion = await _stream_within(seconds, target, messages, call, sink)
-            return replace(completion, history_trimmed=call.dropped_turns > 0)
+            trimmed = call.dropped_turns > 0
+            return replace(completion, history_trimmed=True) if trimmed else completion
         except ServiceError as error:
             attempt.error, attempt.cause, attempt.reason = error.code, error.cause, error.reason
             if sink.started:

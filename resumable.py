@@ -103,7 +103,7 @@ class Generation:
     def finish(self, error: ServiceError | None = None) -> None:
         """End the generation. `error` is the error with which it failed before its first chunk."""
         self.failed_early = error is not None
-        self.end = error or (self.stream.end if self.stream is not None else None)
+        self.end = error if self.stream is None else error or self.stream.end
         # Nothing to resume: a retry is a new request.
         forgotten = self.terminal is None and not self.last
         if self.terminal is None:
@@ -164,12 +164,8 @@ class Reader(ClientStream):
     It is one of the generation's readers from its creation until its call ends.
     """
 
-    def __init__(
-        self, generation: Generation, position: int, settings: Settings, *, replayed: bool
-    ) -> None:
+    def __init__(self, generation: Generation, position: int, settings: Settings) -> None:
         super().__init__(settings)
-        if replayed:
-            self._headers.append((b"idempotent-replayed", b"true"))
         self.generation = generation
         # The terminal event is sent in any case.
         self.position = min(position, generation.last)
@@ -192,8 +188,9 @@ class Reader(ClientStream):
             return
         if self._state is State.OPEN:
             self._send_events()
-        elif self.position < generation.last:
-            # Events wait in the generation, not in this stream: there may be megabytes of them.
+        elif generation.last:
+            # An error can no longer get a status of its own. Events wait in the generation, not in
+            # this stream: there may be megabytes of them.
             self._start_opening()
         if self.position == generation.last and generation.end is not None:
             self._caught_up.set()
@@ -242,16 +239,13 @@ class WholeReader(Reader):
     """The JSON response to one client, sent when the generation has ended."""
 
     def advance(self) -> None:
+        # It needs no events.
+        self.position = self.generation.last
         if self._task is not None and self.generation.end is not None:
             self._caught_up.set()
 
-    async def _relay(self) -> None:
-        self.advance()
-        await self._caught_up.wait()
-        self.end = self.end or self.generation.end
-
-    def _send_heartbeat(self) -> None:
-        self._sent_at = self._now()
+    async def _ensure_open(self) -> None:
+        """Send nothing before the end."""
 
     async def _send_end(self, end: End) -> None:
         if isinstance(end, Completion | Stopped):
@@ -293,7 +287,7 @@ class ResumableStreams:
         if generation.request_hash != hash_request(chat):
             problem = "This Idempotency-Key was used with another request. Send a new key."
             raise ServiceError("idempotency_key_reused", problem)
-        return self.read(generation, event_id, replayed=True, whole=not chat.stream)
+        return self.read(generation, event_id, whole=not chat.stream)
 
     def start(self, owner: str, key: str, chat: ChatRequest, request_id: str) -> Generation:
         """Return a new generation, which has the key from now on."""
@@ -314,14 +308,7 @@ class ResumableStreams:
         found = (self._by_session.get(session) for session in sessions)
         return next((generations[-1] for generations in found if generations), None)
 
-    def read(
-        self,
-        generation: Generation,
-        event_id: str,
-        *,
-        replayed: bool = False,
-        whole: bool = False,
-    ) -> Reader:
+    def read(self, generation: Generation, event_id: str, *, whole: bool = False) -> Reader:
         """Return a reader that begins after the event with this id, or sends one JSON object.
 
         Raise too_many_streams.
@@ -330,8 +317,11 @@ class ResumableStreams:
             problem = f"This stream is at its limit of {MAX_READERS} readers. Close one and retry."
             raise ServiceError("too_many_streams", problem, retry_after=1)
         position = generation.find_event(event_id)
-        kind = WholeReader if whole else Reader
-        reader = kind(generation, position, self._settings, replayed=replayed)
+        reader: Reader
+        if whole:
+            reader = WholeReader(generation, position, self.stream_settings)
+        else:
+            reader = Reader(generation, position, self._settings)
         generation.readers.add(reader)
         self._update_expiry(generation)
         return reader
@@ -352,11 +342,9 @@ class ResumableStreams:
 
     async def aclose(self) -> None:
         """End all generations. Return when their turns are stored."""
-        for generation in [*self._running, *self._ended]:
+        for generation in list(self._running):
             if generation.stream is not None:
                 generation.stream.abort(shutting_down())
-            if generation.expiry is not None:
-                generation.expiry.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -369,9 +357,9 @@ class ResumableStreams:
         """Note that a generation has ended. Its events stay available, unless it is forgotten."""
         self._running.discard(generation)
         self._ended[generation] = None
-        assert generation.terminal is not None
-        generation.retained_bytes += len(generation.terminal)
-        self.count(len(generation.terminal))
+        size = len(generation.terminal or b"") + len(generation.body)
+        generation.retained_bytes += size
+        self.count(size)
         if forgotten:
             self._drop(generation)
         self._update_expiry(generation)

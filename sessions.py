@@ -91,7 +91,7 @@ class SessionStore(Protocol):
         """Lock the session until `end`, and return it.
 
         Creates a session if the id is None, or chosen by the caller and unknown. Raises
-        session_not_found or session_busy.
+        session_not_found or session_busy, or state_unavailable if the store is full.
         """
 
     async def end(self, session: Session, turn: Turn | None) -> None:
@@ -115,7 +115,7 @@ class SessionStore(Protocol):
         """Delete expired sessions."""
 
     async def check(self) -> None:
-        """Raise state_unavailable if the store does not work."""
+        """Raise state_unavailable if the store does not work or is full."""
 
     async def aclose(self) -> None:
         """Close the file or the connections."""
@@ -131,6 +131,14 @@ def new_session(creator: str, now: float, ttl: float) -> Session:
 def allowed_owners(owner: str, session_id: str) -> tuple[str, str]:
     """Return the two owners whose session with this id the caller may use; they may be equal."""
     return (owner, ANYONE if ISSUED_ID.fullmatch(session_id) else owner)
+
+
+def find_owner(owner: str, session: Session) -> str:
+    """Return which of the `allowed_owners` the session of this caller belongs to.
+
+    `session.owner` is a hash if it is an anonymous caller.
+    """
+    return session.owner if ISSUED_ID.fullmatch(session.id) else owner
 
 
 def is_blank(turn: Turn) -> bool:
@@ -194,6 +202,8 @@ class SQLiteStore(SessionStore):
         self._thread = None if path == ":memory:" else ThreadPoolExecutor(1, "sessions")
 
     async def open(self, owner: str, session_id: str | None) -> Session:
+        if session_id is None and self._db.is_far_from_full():
+            return new_session(pseudonym(owner), self._clock(), self._ttl)
         # Even a cancelled caller gets the session, because it has to unlock it.
         return await self._run(lambda: self._open(owner, session_id), shield=True)
 

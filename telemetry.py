@@ -41,6 +41,13 @@ FAILURES = re.compile("upstream_.+|overloaded|state_unavailable")
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 2, 5, 10, 20, 30, 60, 120, 600)
 # Larger than any model's context window. Higher token counts from a provider are ignored.
 MAX_TOKENS = 2**31
+# The token counts of `usage`, each with the object in `usage` that contains it, if any.
+TOKEN_KINDS = {
+    "prompt_tokens": None,
+    "completion_tokens": None,
+    "cached_tokens": "prompt_tokens_details",
+    "reasoning_tokens": "completion_tokens_details",
+}
 # Callers choose some of the labels, so the cache of their metrics is bounded.
 MAX_CACHED_LABELS = 1024
 
@@ -182,8 +189,10 @@ class Metrics:
             record.fields["model"] = safe_name(report.model)
             record.fields["finish_reason"] = safe_name(report.finish_reason)
             record.fields |= {"history_trimmed": True} if report.history_trimmed else {}
-        for kind in ("prompt_tokens", "completion_tokens"):
-            count = (report.usage or {}).get(kind)
+        usage = report.usage or {}
+        for kind, container in TOKEN_KINDS.items():
+            counts = usage.get(container) if container else usage
+            count = counts.get(kind) if isinstance(counts, dict) else None
             if isinstance(count, int) and 0 <= count < MAX_TOKENS:
                 record.fields[kind] = count
                 self.child(self.tokens, provider, model, kind).inc(count)

@@ -131,8 +131,13 @@ class Proxy:
     def cut(self) -> None:
         """Reset all connections and accept no new ones."""
         self._server.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset all connections. New ones are accepted."""
         for writer in self._writers:
             writer.transport.abort()
+        self._writers.clear()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

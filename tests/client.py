@@ -77,6 +77,10 @@ class Response:
         """Return the status and the error code of an error response."""
         return self.status, (await self.error())["code"]
 
+    def disconnect(self) -> None:
+        """Abort the connection."""
+        self._client.disconnect()
+
     async def _read(self) -> bool:
         if self.ended:
             return False

@@ -23,9 +23,9 @@ from tests.client import CANARY, Client, Response
 from tests.redis_server import RedisServer
 from tests.upstream import Script, Upstream, running_upstream
 
-# Only a hang takes this long, on the slowest machine too. Below pytest's faulthandler_timeout of
-# 60 s, so that the test fails instead of the run.
-TIMEOUT_SECONDS = 50.0
+# Only a hang takes this long, on a busy machine too. Less than half of faulthandler_timeout in
+# pyproject.toml, so that a hanging test fails instead of ending the run.
+TIMEOUT_SECONDS = 80.0
 # Hypothesis would report examples that are slow on a busy machine as failures.
 hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -81,6 +81,7 @@ class RunningService:
     url: str
     log: Log
     clients: list[Client] = field(default_factory=list)
+    drain: Drain = field(default_factory=Drain)
 
     async def connect(self, host: str | None = None) -> Client:
         """Open a connection, from loopback address `host` if given."""
@@ -130,7 +131,7 @@ async def running_service(env: dict[str, str], *more: LLMProvider) -> AsyncItera
     server.lifespan = server.config.lifespan_class(server.config)
     listeners = listen(settings)
     await server.startup(listeners)
-    running = RunningService(server.url, handler)
+    running = RunningService(server.url, handler, drain=drain)
     try:
         yield running
     finally:

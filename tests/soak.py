@@ -212,8 +212,9 @@ async def wait_for_streams(app: RunningService) -> None:
 
 
 Resources = dict[str, int]
-# The memory allocator may retain this much more at the end than after the first quarter.
-MEMORY_TOLERANCE_KIB = 32 * 1024
+# The allocators retain freed memory, more on a busy machine, where more streams run at once. A leak
+# of 5 KB per request exceeds this in a full run.
+MEMORY_TOLERANCE_KIB = 64 * 1024
 
 
 def own_resources() -> Resources:

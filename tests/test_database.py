@@ -393,6 +393,7 @@ async def test_full_store_rejects_turns_and_recovers_by_deletion_and_by_expiry(
     async with open_store(path, clock, 100_000, max_bytes=max_bytes) as store:
         await store.check()
         running = [await store.open(CALLER, name) for name in ("running", None)]
+        too_large = await store.open(CALLER, None)
         ids = await fill(store, clock)
         assert len(ids) * 10_000 > max_bytes / 4
         for _ in range(2):
@@ -406,6 +407,8 @@ async def test_full_store_rejects_turns_and_recovers_by_deletion_and_by_expiry(
         for session in running:
             await store.end(session, make_turn("ended", "y" * (max_bytes // 200), at=clock.now))
             assert await stored_messages(store, session.id) == ["ended"]
+        with raises("state_unavailable"):
+            await store.end(too_large, make_turn("y" * (max_bytes // 2), at=clock.now))
         assert (await store.read("key:app", ids[-1])).turns[0].message == "x" * 10_000
 
         for session_id in ids[:2] if max_bytes == 2**16 else ids[:8]:
@@ -532,7 +535,9 @@ async def test_on_a_full_disk_turns_end_deletion_and_expiry_work_and_chats_are_r
         assert (await stored_messages(store, "new-0"))[-1] == "ended"
 
         for number in range(1, 4):
+            size = size_of(file)
             await store.delete(CALLER, f"new-{number}")
+            assert size_of(file) < size or number == 1
         clock.now += TTL / 2
         await store.sweep()
         assert count_stored(file, "session") == 5
@@ -545,6 +550,22 @@ async def test_on_a_full_disk_turns_end_deletion_and_expiry_work_and_chats_are_r
             await store.check()
         filler.unlink()
         await store.check()
+
+
+async def test_sweep_shrinks_a_file_with_many_free_pages_on_a_full_disk(
+    disk: Path, clock: Clock
+) -> None:
+    file = disk / "chat.db"
+    async with open_store(file, clock, 100_000) as store:
+        for number in range(20):
+            await store_turns(store, f"s-{number}", make_turn("x" * 50_000, at=clock.now))
+        await store.sweep()
+        for number in range(10):
+            await store.delete(CALLER, f"s-{number}")
+        size = size_of(file)
+        fill_disk(disk)
+        await store.sweep()
+        assert size_of(file) < size * 0.7
 
 
 async def test_service_starts_on_a_full_disk_and_recovers(disk: Path, clock: Clock) -> None:
@@ -579,16 +600,18 @@ async def test_quota_that_the_file_system_does_not_report_is_noticed_at_the_firs
     async with open_store(file, clock, 100_000) as store:
         await store.check()
         await store_turns(store, "mine", make_turn(at=clock.now))
+        await store_turns(store, "other", make_turn(at=clock.now))
         session = await store.open(CALLER, "mine")
-        with file_size_limit(size_of(file.with_name("chat.db-wal"))):
+        with file_size_limit(size_of(file.with_name("chat.db-wal")) + 2**16):
             with raises("state_unavailable"):
-                await store.end(session, make_turn("lost", "x" * 50_000, at=clock.now))
+                await store.end(session, make_turn("lost", "x" * 99_000, at=clock.now))
             for _ in range(2):
                 with raises("state_unavailable") as failure:
                     await store.open(CALLER, "mine")
                 assert "full" in str(failure.value)
             with raises("state_unavailable"):
                 await store.check()
+            await store.delete(CALLER, "other")
         await store.check()
         await store_turns(store, "mine", make_turn("next", at=clock.now))
         assert await stored_messages(store, "mine") == ["Hi", "next"]
@@ -604,5 +627,5 @@ def test_lock_file_occupies_the_reserve_until_it_is_released(tmp_path: Path) -> 
             assert occupied() >= DISK_RESERVE_BYTES
             lock_file.release()
             assert occupied() == 0
-            assert lock_file.has_room()
+            assert lock_file.restore()
         assert occupied() >= DISK_RESERVE_BYTES

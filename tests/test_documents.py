@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "examples" / "README.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "docs" / "SECURITY.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", SECURITY, re.MULTILINE | re.DOTALL))
 ROWS = re.findall(r"^\| (.+) \|$", SECTIONS["Promises"], re.MULTILINE)
 PROMISES = [row.split(" | ") for row in ROWS[1:]]

@@ -29,6 +29,7 @@ CONTRACT = {
     (422, "invalid_request", False),
     (422, "context_too_long", False),
     (422, "content_refused", False),
+    (422, "idempotency_key_reused", False),
     (429, "rate_limited", True),
     (429, "too_many_streams", True),
     (500, "internal_error", False),

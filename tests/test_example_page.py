@@ -31,7 +31,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the page and its parser as examples/README.md describes. Return the origin."""
     folder = tmp_path_factory.mktemp("served")
-    for name in ("client.html", "package.json", "package-lock.json"):
+    for name in ("client.html", "resume.html", "package.json", "package-lock.json"):
         (folder / name).write_bytes((EXAMPLES / name).read_bytes())
     install = [find_program("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     subprocess.run(install, cwd=folder, check=True, capture_output=True)
@@ -56,8 +56,10 @@ async def page() -> AsyncIterator[Any]:
         yield await browser.new_page()
 
 
-async def send(page: Any, origin: str, url: str, model: str, silence: float = 60) -> None:
-    await page.goto(f"{origin}/client.html?url={url}&model={model}&silence={silence}")
+async def send(
+    page: Any, origin: str, url: str, model: str, silence: float = 60, name: str = "client"
+) -> None:
+    await page.goto(f"{origin}/{name}.html?url={url}&model={model}&silence={silence}")
     await page.fill("input", "<b>Hello</b>")
     await page.click("text=Send")
 
@@ -138,3 +140,32 @@ async def test_heartbeats_keep_the_connection(
     app = await service(CORS_ORIGINS=origin, **limits)
     await send(page, origin, app.url, "mock/hang", silence=2)
     assert (await ending(page))[1].startswith("upstream_timeout: ")
+
+
+@pytest.mark.parametrize("loss", ["reload", "cut"])
+async def test_resuming_page_survives_a_reload_and_a_lost_connection(
+    service: StartService, origin: str, page: Any, loss: str
+) -> None:
+    app = await service(CORS_ORIGINS=origin)
+    proxy = Proxy(app.url)
+    await send(page, origin, await proxy.listen(), "mock/slow", name="resume")
+    await page.wait_for_function("text.textContent")
+    if loss == "reload":
+        await page.reload()
+    else:
+        proxy.reset()
+    assert await ending(page) == ("This is mock/slow, not a model ", "done")
+    proxy.cut()
+    entries = [entry for entry in app.log.requests() if entry["method"] == "POST"]
+    assert len(entries) == 2
+    assert entries[1]["original_request_id"] == entries[0]["request_id"]
+
+
+async def test_resuming_page_stops_the_stream(
+    service: StartService, origin: str, page: Any
+) -> None:
+    app = await service(CORS_ORIGINS=origin)
+    await send(page, origin, app.url, "mock/slow", name="resume")
+    await page.wait_for_function("text.textContent")
+    await page.click("text=Stop")
+    assert (await ending(page))[1] == "stopped"

@@ -19,12 +19,13 @@ from tools.check_client import (
     check,
     find_faults,
     find_missed_failure,
+    find_resume_faults,
     find_retry_faults,
     run,
 )
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CLIENTS = sorted(EXAMPLES.glob("client.*"))
+CLIENTS = sorted([*EXAMPLES.glob("client.*"), *EXAMPLES.glob("resume.*")])
 slow = pytest.mark.slow
 
 
@@ -103,6 +104,32 @@ def test_faulty_retries_are_found(
     assert "; ".join(find_retry_faults(expected, requests)) == faults
 
 
+@pytest.mark.parametrize(
+    ("keyed", "done", "requests", "faults"),
+    [
+        (True, Run(0, "Hi", "Hi", ""), [{}, {"original_request_id": "a"}], ""),
+        (False, Run(1, "H", "H", "lost"), [{}], ""),
+        (False, Run(0, "H", "H", ""), [{}], "printed 'H', not 'Hi'"),
+        (
+            True,
+            Run(0, "Hi", "Hi", ""),
+            [{}, {}],
+            "did not repeat its request with the same key",
+        ),
+        (
+            True,
+            Run(1, "H", "H", "lost"),
+            [{}],
+            "exited with 1, not 0: lost; printed 'H', not 'Hi'",
+        ),
+    ],
+)
+def test_lost_responses_are_found(
+    keyed: bool, done: Run, requests: list[dict[str, Any]], faults: str
+) -> None:
+    assert "; ".join(find_resume_faults(keyed, Expected("Hi"), done, requests)) == faults
+
+
 async def failed_tests(*command: str) -> dict[str, list[str]]:
     """Test a client. Return the failed tests and their faults."""
     return {name: faults async for name, faults in check(list(command)) if faults}
@@ -122,6 +149,14 @@ def node_client(folder: Path) -> list[str]:
     return [find_program("node"), f"{EXAMPLES}/client.mjs"]
 
 
+def resuming_python_client(folder: Path) -> list[str]:
+    return [sys.executable, f"{EXAMPLES}/resume.py"]
+
+
+def resuming_node_client(folder: Path) -> list[str]:
+    return [find_program("node"), f"{EXAMPLES}/resume.mjs"]
+
+
 def go_client(folder: Path) -> list[str]:
     client = f"{folder}/client"
     source = f"{EXAMPLES}/client.go"
@@ -130,7 +165,13 @@ def go_client(folder: Path) -> list[str]:
 
 
 @slow
-@pytest.mark.parametrize("command", [python_client, curl_client, node_client, go_client])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(python_client, curl_client, node_client, go_client),
+        *(resuming_python_client, resuming_node_client),
+    ],
+)
 async def test_example_handles_every_outcome(
     command: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:

@@ -127,11 +127,10 @@ def repeat(data: bytes, *opening: bytes) -> Script:
 
     async def script(request: Connection) -> None:
         await request.send(b"".join(opening))
-        while True:
+        while not request.closed.is_set():
+            await request.send(data)
             with anyio.move_on_after(0.02):
                 await request.closed.wait()
-                return
-            await request.send(data)
 
     return script
 
@@ -256,7 +255,7 @@ async def test_stream_of_endless_reasoning_ends_at_the_total_timeout() -> None:
     ("opening", "outcomes"),
     [
         pytest.param([], {"upstream_error"}, id="before_finish"),
-        # After its finish_reason the response is complete, whatever follows.
+        # After its finish_reason the response is complete, also if more follows.
         pytest.param([FINISH], {"done", "upstream_error"}, id="after_finish", marks=slow),
     ],
 )
@@ -310,22 +309,24 @@ def busy(status: int, *headers: str, retry_after: int | None = None) -> Fault:
     )
 
 
+def incomplete(body: bytes) -> Fault:
+    return responds(200, body, outcome="upstream_incomplete", retryable=True)
+
+
 def error_body(**error: object) -> bytes:
     return error_event(**error).removeprefix(b"data: ")
 
 
-COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
 EVENTS, GZIP = "content-type: text/event-stream", "content-encoding: gzip"
 HTML_503 = b"HTTP/1.1 503 Busy\r\ncontent-type: text/html\r\ncontent-length: 9999999\r\n\r\n"
 LENGTH_1000 = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 1000\r\n"
 
 RESPONSES: dict[str, Fault] = {
     "html": responds(200, b"<html>Welcome</html>", "content-type: text/html; charset=utf-8"),
-    "json_completion": responds(200, COMPLETION),
-    # Only an error member makes an error of it, whatever its message.
-    "json_object": responds(200, b'{"message":"The context window is open."}'),
-    "json_list": responds(200, b"[1]"),
-    "malformed_json": responds(200, b"{"),
+    # Its message does not make it an error.
+    "json_object": incomplete(b'{"message":"The context window is open."}'),
+    "json_list": incomplete(b"[1]"),
+    "malformed_json": incomplete(b"{"),
     "json_error": responds(200, error_body(message="no"), retryable=True),
     "json_error_429": responds(
         200, error_body(code=429), outcome="upstream_unavailable", retryable=True
@@ -396,7 +397,7 @@ RESPONSES: dict[str, Fault] = {
     create_params(
         RESPONSES,
         {
-            "json_completion",
+            "json_list",
             "reason_not_utf8",
             "gzip",
             "400_too_long",
@@ -419,12 +420,25 @@ async def test_unrequested_protocol_switch_is_an_error() -> None:
     await check(Fault(send_and_close(head)))
 
 
-async def test_interim_responses_are_skipped() -> None:
-    async def script(request: Connection) -> None:
-        early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
-        await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
-        await request.complete("Hel", "lo")
+async def send_after_interim_responses(request: Connection) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    await request.send(b"HTTP/1.1 100 Continue\r\n\r\n" + early)
+    await request.complete("Hel", "lo")
 
+
+COMPLETION = b'{"choices":[{"message":{"content":"Hello"},"finish_reason":"stop"}]}'
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        send_after_interim_responses,
+        send(response(200, COMPLETION)),
+        send(response(200, COMPLETION, EVENTS)),
+    ],
+    ids=["interim_responses", "json", "json_as_event_stream"],
+)
+async def test_unusual_response_that_contains_a_completion_is_done(script: Script) -> None:
     async with run_scenario(script) as play:
         text, last = await read_to_end(await play.chat())
         assert (text, get_outcome(last)) == ("Hello", "done")

@@ -40,6 +40,17 @@ slow = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
+def environment(file: Path, env: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a service with sessions in `file`, without this process's own."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "PORT": "0",
+        "RATE_LIMIT": "off",
+        "STATE_URL": f"sqlite:///{file}",
+        **env,
+    }
+
+
 @asynccontextmanager
 async def running_process(
     file: Path, env: dict[str, str], program: Sequence[str] = ("-m", "service")
@@ -48,13 +59,7 @@ async def running_process(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, *program),
         cwd=file.parent,
-        env={
-            "PYTHONPATH": str(ROOT),
-            "PORT": "0",
-            "RATE_LIMIT": "off",
-            "STATE_URL": f"sqlite:///{file}",
-            **env,
-        },
+        env=environment(file, env),
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -74,8 +79,8 @@ async def running_process(
         await reading
 
 
-def file_names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
+def file_names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 async def chat_to_end(app: RunningService, message: str, session_id: str) -> str:
@@ -100,8 +105,8 @@ async def test_conversation_continues_after_the_process_ended(
         process.send_signal(sign)
         await process.wait()
         if sign is signal.SIGTERM:
-            # A stopped service leaves everything in one file.
-            assert file_names(tmp_path) == ["chat.db", "chat.db.lock"]
+            # A stopped service leaves everything in one file, besides an empty one for its lock.
+            assert file_names(tmp_path) == {"chat.db", "chat.db.lock"}
     async with running_process(file, env) as (app, _):
         assert await read_messages(app, "mine") == echoed("one")
         assert await chat_to_end(app, "two", "mine") == "done"
@@ -181,13 +186,13 @@ def check_integrity(file: Path, directory: Path) -> None:
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-# A hundred kills, in tests that end in time on a slow machine.
-KILLS = [3, *(pytest.param(5, marks=slow, id=f"5-{number}") for number in range(20))]
+# Each test starts three processes or more. With more it would not end in time on a busy machine.
+KILLS = 2
 
 
-@pytest.mark.parametrize("kills", KILLS)
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=slow) for n in range(1, 50))])
 async def test_turns_that_were_done_survive_kills_and_no_turn_is_stored_in_part(
-    upstream: StartUpstream, tmp_path: Path, kills: int
+    upstream: StartUpstream, tmp_path: Path, number: int
 ) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - pytest shows it if the test fails
@@ -208,8 +213,10 @@ async def test_turns_that_were_done_survive_kills_and_no_turn_is_stored_in_part(
     env = openai_env(provider.url)
     file = tmp_path / "chat.db"
     conversations: list[Conversation] = []
-    interrupted = 0
-    for kill in range(kills):
+    interrupted = False
+    kill = 0
+    # Go on until a kill has interrupted a response and a turn was done.
+    while kill < KILLS or not interrupted or not any(each.done for each in conversations):
         async with running_process(file, env) as (app, process):
             for conversation in conversations[-4:]:
                 await conversation.check(app)
@@ -221,14 +228,13 @@ async def test_turns_that_were_done_survive_kills_and_no_turn_is_stored_in_part(
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await asyncio.gather(*(each.run(app, on_event) for each in running))
             assert await process.wait() == -signal.SIGKILL
-        interrupted += any(each.in_response for each in running)
+        interrupted = interrupted or any(each.in_response for each in running)
         conversations += running
         check_integrity(file, tmp_path / f"after-{kill}")
+        kill += 1
     async with running_process(file, env) as (app, _):
         for conversation in conversations:
             await conversation.check(app)
-    assert interrupted, "no kill interrupted a response"
-    assert any(conversation.done for conversation in conversations)
 
 
 @contextmanager

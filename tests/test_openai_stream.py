@@ -41,28 +41,31 @@ def decode(*reads: bytes) -> list[tuple[bytes, bytes]]:
 def reference_decode(stream: bytes) -> list[tuple[bytes, bytes]]:
     """Decode `stream` as WHATWG HTML 9.2.6 is written, plus the decoder's extensions."""
     events: list[tuple[bytes, bytes]] = []
-    extra: list[tuple[bytes, bytes]] = []
-    data: list[bytes] = []
-    name = b""
+    block: list[bytes] = []
     for line in re.split(b"\r\n|\n|\r", stream.removeprefix(BOM))[:-1]:
-        if line == b"":
-            separate = all(re.fullmatch(rb"(\{|\[DONE\]).*[\]}]|\[DONE\]", each) for each in data)
-            values = data if separate else [b"\n".join(data)]
-            events += [*extra, *((name, value) for value in values)]
-            extra, data, name = [], [], b""
-        elif line.startswith(b":"):
+        if line != b"":
+            block.append(line)
             continue
-        else:
-            field, value = line.split(b":", 1) if b":" in line else (line, b"")
+        name, data = b"", []
+        if block and block[0].startswith(b"{"):
+            name, data, block = b"json", block, []
+        for each in block:
+            if each.startswith(b":"):
+                continue
+            field, value = each.split(b":", 1) if b":" in each else (each, b"")
             value = value[1:] if value.startswith(b" ") else value
             if field == b"event":
                 name = value
             elif field == b"data":
                 data.append(value)
             elif field == b"error":
-                extra.append((b"error", value))
-            elif line.startswith(b"{"):
-                extra.append((b"json", line))
+                events.append((b"error", value))
+            elif each.startswith(b"{"):
+                events.append((b"json", each))
+        separate = all(re.fullmatch(rb"(\{|\[DONE\]).*[\]}]|\[DONE\]", each) for each in data)
+        values = data if separate else [b"\n".join(data)]
+        events += [(name, value) for value in values]
+        block = []
     return events
 
 
@@ -115,6 +118,9 @@ STREAMS = {
     "event name without data": (b"event: x\n\ndata: b\n\n", [(b"", b"b")]),
     "error line": (b'error: {"detail":1}\n\n', [(b"error", b'{"detail":1}')]),
     "JSON line": (b'{"a": 1}\n\ndata: b\n\n', [(b"json", b'{"a": 1}'), (b"", b"b")]),
+    "JSON line after data": (b'data: b\n{"a": 1}\n\n', [(b"json", b'{"a": 1}'), (b"", b"b")]),
+    "JSON lines": (b'{"a":1}\n{"b":2}\n\n', [(b"json", b'{"a":1}'), (b"json", b'{"b":2}')]),
+    "JSON in several lines": (b'{\n"a": 1\n}\n\n', [(b"json", b'{\n"a": 1\n}')]),
     "no blank lines between data": (
         b'event: x\ndata: {"a":1}\ndata: {"b":2}\ndata: [DONE]\n\n',
         [(b"x", b'{"a":1}'), (b"x", b'{"b":2}'), (b"x", b"[DONE]")],
@@ -144,7 +150,7 @@ def test_stream_decodes_to_the_same_events_for_every_split(
 TOKENS = (
     *(b"\r", b"\n", b"\r\n", b"\n\n", b":", b" ", b"data", b"data: ", b"event:", b"error:", b"id"),
     *(BOM, BOM[:1], BOM[1:], b"\xe2\x80\xa8", b"\xc2\x85", b"\x0b", b"{}", b"[DONE]", b"x"),
-    *(b"data: {}\n\n", b"data: x\n\n", b"data: x\r\n\r\n", b"data: {}\n"),
+    *(b"data: {}\n\n", b"data: x\n\n", b"data: x\r\n\r\n", b"data: {}\n", b"{}\n", b"{\n}\n\n"),
 )
 any_stream = st.lists(st.sampled_from(TOKENS) | st.binary(max_size=3), max_size=30).map(b"".join)
 any_offsets = st.lists(st.integers(0, 200), max_size=20)
@@ -445,6 +451,7 @@ USAGES: dict[str, tuple[bytes, dict[str, Any] | None]] = {
         {"total_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}, "x": [1.5]},
     ),
     "with NaN": (sse('{"usage":{"total_tokens":3,"cost":NaN}}'), {"total_tokens": 3, "cost": None}),
+    "with a number out of range": (sse('{"usage":{"x":1e999,"y":-1e999}}'), {"x": None, "y": None}),
     "with half a surrogate pair": (sse('{"usage":{"x":"\\ud83d"}}'), {"x": "?"}),
 }
 
@@ -586,6 +593,11 @@ ENDS: dict[str, tuple[bytes, str, str | None]] = {
     "DONE without a line end": (delta("a") + DONE[:-2], "a", None),
     "DONE without a blank line before it": (delta("a")[:-1] + DONE, "a", None),
     "no blank lines at all": ((delta("a") + delta("b") + STOP).replace(b"\n\n", b"\n"), "ab", None),
+    "JSON instead of a stream": (
+        json.dumps(choice(message={"content": "ab"}, finish_reason="stop"), indent=2).encode(),
+        "ab",
+        None,
+    ),
     "truncated event": (delta("a") + delta("b")[:-9], "a", "upstream_incomplete"),
     "truncated event after a finish_reason": (
         finish("stop", content="a") + event({"usage": {}})[:-4],
@@ -721,6 +733,11 @@ FAILURES: dict[str, tuple[bytes, str, bool]] = {
     ),
     "an error line with words": (b"error: overloaded\n\n", "upstream_unavailable", True),
     "a bare JSON line": (b'{"error":{"code":"slow_down"}}\n\n', "upstream_unavailable", True),
+    "bare JSON in several lines": (
+        b'{\n  "error": {\n    "code": 429\n  }\n}\n\n',
+        "upstream_unavailable",
+        True,
+    ),
     # Without the usual wrapper.
     "object: error": (
         event({"object": "error", "message": "no memory", "type": "InternalError", "code": 500}),

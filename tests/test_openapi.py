@@ -51,11 +51,10 @@ async def test_documented_routes_are_the_routes_of_the_app() -> None:
     assert {(path, method) for path, method, _ in operations()} == routes
 
 
-@pytest.mark.parametrize("code", KINDS)
+# These two errors are for routes and methods that are not documented.
+@pytest.mark.parametrize("code", sorted(KINDS.keys() - {"not_found", "method_not_allowed"}))
 def test_every_error_code_is_documented_under_its_status(code: Code) -> None:
     responses = [each for *_, operation in operations() for each in operation["responses"].items()]
-    others = document()["components"]["responses"].values()
-    responses += zip(("404", "405"), others, strict=True)
     status = str(KINDS[code].status)
     texts = [response["description"] for number, response in responses if number == status]
     assert any(f"`{code}`: {MEANINGS[code]}" in text for text in texts)

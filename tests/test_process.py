@@ -219,6 +219,8 @@ async def test_env_file_is_read_below_the_environment_and_unknown_names_warn(
         models = await (await client.request("GET", "/api/v1/models")).json()
         assert models == {"default": default, "models": ["from-file", "from-env", "other"]}
         client.disconnect()
+        process.process.terminate()
+        assert await process.wait_for_exit() == (0, "")
         warnings = [line["event"] for line in process.lines if line["level"] == "warning"]
         assert "OPENAI_API_KY " in warnings[0]
         assert "OPENAI_API_KEY" in warnings[0]
@@ -228,21 +230,24 @@ async def test_env_file_is_read_below_the_environment_and_unknown_names_warn(
 # ---- the probe
 
 
-async def test_probe_checks_the_service_with_the_same_settings(launch: StartProcess) -> None:
-    serving = await launch(HOST="0.0.0.0", ALLOWED_HOSTS="*.example.com")
-    port = (await serving.wait_for_url()).rpartition(":")[2]
-    env = {"HOST": "0.0.0.0", "PORT": port}
+async def test_probe_checks_the_service_with_the_same_settings(
+    launch: StartProcess, service: StartService
+) -> None:
+    app = await service(HOST="0.0.0.0", ALLOWED_HOSTS="*.example.com")
+    port = app.url.rpartition(":")[2]
 
-    async def probe(**more: str) -> tuple[int, str]:
-        return await (await launch("--probe", **env, **more)).wait_for_exit()
+    async def probe(hosts: str, port: str) -> tuple[int, str]:
+        process = await launch("--probe", HOST="0.0.0.0", PORT=port, ALLOWED_HOSTS=hosts)
+        return await process.wait_for_exit()
 
-    assert await probe(ALLOWED_HOSTS="*.example.com") == (0, "")
-    status, error = await probe(ALLOWED_HOSTS="other")
-    assert (status, error.count("\n")) == (1, 1)
-    assert f"0.0.0.0:{port}" in error
-    assert "400" in error
-    serving.process.terminate()
-    await serving.wait_for_exit()
-    status, error = await probe()
-    assert (status, error.count("\n")) == (1, 1)
-    assert f"0.0.0.0:{port}" in error
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent_port = str(silent.getsockname()[1])
+        ready, rejected, refused = await asyncio.gather(
+            probe("*.example.com", port), probe("other", port), probe("*", silent_port)
+        )
+    assert ready == (0, "")
+    for (status, error), address in ((rejected, port), (refused, silent_port)):
+        assert (status, error.count("\n")) == (1, 1)
+        assert f"0.0.0.0:{address}" in error
+    assert "400" in rejected[1]

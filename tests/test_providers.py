@@ -106,7 +106,7 @@ def test_model_that_is_not_allowed_is_rejected_with_a_list_of_those_that_are(
             [
                 *("gpt-4o-mini", "mock/echo", "mock/lorem-100", "mock/slow", "mock/hang"),
                 *("mock/error", "mock/error-midstream", "mock/truncated", "mock/rate-limited"),
-                *("mock/empty", "mock/unicode"),
+                *("mock/empty", "mock/unicode", "mock/reasoning"),
             ],
         ),
         (
@@ -478,7 +478,7 @@ async def test_text_that_is_split_anywhere_arrives_unchanged(relay: StartRelay) 
         await request.send(HEAD)
         for start, end in itertools.pairwise(offsets):
             await request.send_events(data[start:end])
-            await asyncio.sleep(0)  # lets the service read each part by itself
+            await asyncio.sleep(0)  # lets the service read one part at a time
         await request.send(END)
 
     app, _ = await relay(script)
@@ -568,6 +568,19 @@ async def test_mock_simulates_a_failure_with_a_status(
     error = await reply.error()
     assert (reply.status, error["code"], error["retryable"]) == (*expected, True)
     assert error["retry_after"] == retry_after
+
+
+@pytest.mark.parametrize("included", [True, False])
+async def test_mock_reasoning_precedes_its_text_if_it_is_requested(
+    service: StartService, included: bool
+) -> None:
+    app = await service()
+    reply = await app.chat(model_id="mock/reasoning", include_reasoning=included)
+    *events, done = await reply.events()
+    assert done["status"] == "done"
+    names = [name for each in events for name in ("reasoning", "chunk") if name in each]
+    assert names == sorted(names, reverse=True)
+    assert set(names) == ({"reasoning", "chunk"} if included else {"chunk"})
 
 
 async def test_mock_slow_allows_a_heartbeat_between_its_chunks(service: StartService) -> None:

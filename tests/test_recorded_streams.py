@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from openai_stream import CompletionParser, Reasoning
-from tests.client import Response
-from tests.conftest import StartService, StartUpstream
-from tests.test_providers import KEY, openai
+from tests.client import CANARY, Response
+from tests.conftest import StartService, StartUpstream, openai_env
 from tests.upstream import END, Connection, response
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "streams"
@@ -238,7 +237,7 @@ async def test_recorded_stream_reaches_the_client(
         await request.send(END)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url, RATE_LIMIT="off"))
     for _ in variants:
         result = await result_of(await app.chat())
         if len(META[name]["text"]) > 1:
@@ -263,7 +262,7 @@ async def test_recorded_error_is_classified_and_none_of_its_text_is_passed_on(
         await request.send(error_response)
 
     provider = await upstream(script)
-    app = await service(**openai(provider.url))
+    app = await service(**openai_env(provider.url, RATE_LIMIT="off"))
     reply = await app.chat()
     body = (await reply.body()).decode()
     error = json.loads(body)["error"]
@@ -277,4 +276,4 @@ async def test_recorded_error_is_classified_and_none_of_its_text_is_passed_on(
     phrases = set(re.findall(r"\w+_\w+|[^\"<>{}\\]{12,}", recording["body"]))
     assert phrases
     assert {phrase for phrase in phrases if phrase in output} <= LOG_WORDS
-    assert KEY not in output
+    assert CANARY not in output

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,13 @@ from pathlib import Path
 import anyio
 import pytest
 
+from errors import Code
+from openai_stream import Chunks
+from providers import Call, Completion, LLMProvider, Message, Sink, Target, complete
+from settings import from_env
+from tests.conftest import raises
 from tests.faults import STATUS, expected_level, get_outcome, read_to_end, run_scenario
+from tests.test_stream import JumpingLoop
 from tests.upstream import Connection, Script, delta, event, response
 
 RETRY_NOW = "retry-after-ms: 1"
@@ -311,7 +317,7 @@ class Failover:
 
 
 BUSY = send_status(503, RETRY_NOW)
-TIMEOUT = "upstream_timeout"
+TIMEOUT: Code = "upstream_timeout"
 FAILOVERS = {
     "first_responds": Failover((send_hello, send_hello, send_hello), (1, 0, 0), [None]),
     "first_fails": Failover(
@@ -365,22 +371,65 @@ async def test_failure_before_the_first_chunk_fails_over_to_the_next_model(row: 
         await scenario.assert_nothing_held()
 
 
-@pytest.mark.parametrize("last_model", ["mock/echo", "mock/hang"])
-async def test_silent_models_share_the_first_token_timeout(last_model: str) -> None:
-    env = {"FIRST_TOKEN_TIMEOUT_SECONDS": "0.6", "FALLBACK_MODELS": f"b/m,{last_model}"}
-    async with run_scenario(send_nothing, send_nothing, MAX_RETRIES="2", **env) as scenario:
+async def test_silent_model_fails_over_and_a_mock_may_be_the_last_fallback() -> None:
+    env = {"FIRST_TOKEN_TIMEOUT_SECONDS": "0.3", "FALLBACK_MODELS": "b/m,mock/echo"}
+    async with run_scenario(send_nothing, send_nothing, **env) as scenario:
         text, last = await read_to_end(await scenario.chat())
+        assert (get_outcome(last), last["model"]) == ("done", "mock/echo")
         attempts = (await scenario.wait_for_log_line())["attempts"]
-        models = [attempt["model"] for attempt in attempts]
-        assert models == ["openai/gpt-4o-mini", "b/m", last_model]
-        errors = [attempt["error"] for attempt in attempts]
-        if last_model == "mock/echo":
-            assert (get_outcome(last), last["model"]) == ("done", "mock/echo")
-            assert errors == [TIMEOUT, TIMEOUT, None]
-            assert await scenario.read_responses() == [(text, True)]
-        else:
-            assert (get_outcome(last), errors) == (TIMEOUT, [TIMEOUT] * 3)
+        assert [attempt["model"] for attempt in attempts] == [
+            "openai/gpt-4o-mini",
+            "b/m",
+            "mock/echo",
+        ]
+        assert [attempt["error"] for attempt in attempts] == [TIMEOUT, TIMEOUT, None]
+        assert await scenario.read_responses() == [(text, True)]
         await scenario.assert_nothing_held()
+
+
+class SilentProvider(LLMProvider):
+    """A provider that never writes a chunk and notes how long it was waited for."""
+
+    name = "silent"
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    async def stream(
+        self, model: str, messages: Sequence[Message], call: Call, sink: Sink
+    ) -> Completion:
+        started = anyio.current_time()
+        try:
+            await anyio.sleep_forever()
+            raise AssertionError
+        finally:
+            self.waits.append(anyio.current_time() - started)
+
+
+@dataclass
+class UnusedSink(Sink):
+    """A sink for providers that write nothing."""
+
+    on_start: Callable[[], None]
+    started: bool = False
+
+    def attach(self, resume: Callable[[], None], finish: Callable[[], bool]) -> None:
+        raise AssertionError
+
+    def write(self, chunks: Chunks) -> bool:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": JumpingLoop})], ids=[""])
+async def test_silent_models_get_equal_shares_of_the_first_token_timeout() -> None:
+    provider, call = SilentProvider(), Call("req_1")
+    targets = [Target(provider, model) for model in ("a", "b", "c")]
+    settings = from_env({"FIRST_TOKEN_TIMEOUT_SECONDS": "9", "MAX_RETRIES": "2"})
+    with raises(TIMEOUT):
+        await complete(targets, [], call, UnusedSink(lambda: None), settings)
+    assert provider.waits == pytest.approx([3, 3, 3])
+    # No time is left for a retry.
+    assert [attempt.model for attempt in call.attempts] == ["silent/a", "silent/b", "silent/c"]
 
 
 async def test_done_event_names_the_model_that_responded() -> None:

@@ -886,7 +886,10 @@ async def test_probes_and_models_need_no_key_and_take_no_token(
 # ---- browsers
 
 ORIGIN = "https://app.example"
-EXPOSED = {"X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After"}
+EXPOSED = {
+    *("X-Request-ID", "X-Session-ID", "RateLimit", "RateLimit-Policy", "Retry-After"),
+    "Idempotent-Replayed",
+}
 
 
 @pytest.mark.parametrize(

@@ -425,6 +425,26 @@ async def test_nothing_is_evicted_below_half(file: Path, clock: Clock) -> None:
         assert await existing(store, *names, owner=CALLER) == names
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+async def test_large_store_notices_that_it_is_half_full(clock: Clock, chosen: bool) -> None:
+    """The store does not look at its size for every turn."""
+    number = 0
+    evictions: list[int] = []
+    async with open_store(
+        ":memory:",
+        clock,
+        max_chars=2**20,
+        max_bytes=2**26,
+        max_sessions=3,
+        on_evict=lambda: evictions.append(number),
+    ) as store:
+        for number in range(60):
+            turn = make_turn("x" * 2**20)
+            await store_turns(store, f"s-{number}" if chosen else None, turn)
+    # Half of 64 MiB.
+    assert evictions == list(range(32, 60))
+
+
 async def test_evictions_are_logged_once_a_minute_with_the_settings(
     file: Path, clock: Clock
 ) -> None:

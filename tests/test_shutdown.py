@@ -4,8 +4,8 @@ import asyncio
 import json
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from server import Drain
 from tests.client import Client
 from tests.conftest import TIMEOUT_SECONDS
 from tests.faults import connect_slow_client, get_outcome, provider_env, read_to_end
+from tests.test_clients import locked, send_a_megabyte, send_nothing, send_one_chunk
 from tests.test_process import ServiceProcess, running_process
 from tests.upstream import (
     DONE,
@@ -98,15 +99,6 @@ async def run_scenario(script: Script, directory: Path, **env: str) -> AsyncIter
                     client.disconnect()
 
 
-async def send_nothing(request: Connection) -> None:
-    await request.closed.wait()
-
-
-async def send_one_chunk(request: Connection) -> None:
-    await request.stream(delta("Hel"))
-    await request.closed.wait()
-
-
 async def reject(request: Connection) -> None:
     await request.send(response(503, b"{}", "retry-after: 20"))
 
@@ -116,18 +108,6 @@ async def fail_first_model(request: Connection) -> None:
         await request.send(response(500, b"{}"))
     else:
         await request.closed.wait()
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Lock the database against writers. The service waits 1 s for such a lock."""
-    db = sqlite3.connect(file, isolation_level=None)
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        yield
-        db.execute("ROLLBACK")
-    finally:
-        db.close()
 
 
 # ---- the process
@@ -280,14 +260,9 @@ async def test_request_that_has_not_reached_a_provider_returns_503(
 async def test_client_that_does_not_read_is_reset_after_the_drain(
     reads: bool, tmp_path: Path
 ) -> None:
-    async def script(request: Connection) -> None:
-        """Send more than all buffers between provider and slow client can contain."""
-        await request.stream(*[delta("x" * 100)] * 10_000)
-        await request.closed.wait()
-
     # No other deadline ends the connection.
     env = {"DRAIN_SECONDS": "0.3", "WRITE_TIMEOUT_SECONDS": "3600"}
-    async with run_scenario(script, tmp_path, **env) as play:
+    async with run_scenario(send_a_megabyte, tmp_path, **env) as play:
         client = await play.connect(connect_slow_client)
         client.writer.write(CHAT)
         assert (await (await client.head()).event())["chunk"] == "x" * 100

@@ -404,7 +404,7 @@ def test_json_line_is_one_line_of_ascii_with_all_fields(
 @example("\x1b[2J\u202e\r\n")
 def test_text_line_is_one_line_of_ascii(text: str) -> None:
     for line in (
-        format_line(TextFormatter(), text),
+        format_line(TextFormatter(), f"Look at {text}"),
         format_line(TextFormatter(), "request", {**REQUEST, "model": text}),
     ):
         assert re.fullmatch("[ -~]*", line)

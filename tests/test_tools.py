@@ -1,6 +1,5 @@
-"""The tools: generated documentation, the package audit, the changelog and make's targets."""
+"""The tools: generated documentation, the locked packages, the changelog and make's targets."""
 
-import json
 import re
 import subprocess
 import tomllib
@@ -11,7 +10,6 @@ import pytest
 
 import service
 from tools import configuration
-from tools.audit import evaluate
 from tools.docs import DOCS, PAGES, split
 
 ROOT = Path(__file__).parent.parent
@@ -63,44 +61,6 @@ def test_every_locked_package_has_a_version_and_hashes() -> None:
             assert re.match(r"[a-z0-9-]+(\[[a-z0-9,-]+\])?==\S+", entry), entry
             assert "--hash=sha256:" in entry, entry
         assert "://" not in text, "an index address or a URL"
-
-
-@pytest.mark.parametrize(
-    ("packages", "status", "summary"),
-    [
-        ([{"name": "a", "version": "1", "vulns": []}], 0, "No known vulnerabilities in 1 packages"),
-        (
-            [
-                {"name": "a", "version": "1", "vulns": [{"id": "X-1"}]},
-                {"name": "b", "skip_reason": ""},
-            ],
-            1,
-            "Known vulnerabilities:\na 1: X-1",
-        ),
-        (
-            [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}],
-            2,
-            "The vulnerability database does not know these packages: b",
-        ),
-        (
-            [{"name": "a", "skip_reason": "not found"}, {"name": "b", "skip_reason": "not found"}],
-            2,
-            "The vulnerability database is unavailable: it knows none of the 2 packages",
-        ),
-    ],
-    ids=["clean", "vulnerable", "partly_unknown", "all_unknown"],
-)
-def test_audit_reports_what_pip_audit_found(
-    packages: list[dict[str, object]], status: int, summary: str
-) -> None:
-    assert evaluate(json.dumps({"dependencies": packages}), "") == (status, summary)
-
-
-def test_audit_without_database_is_not_clean() -> None:
-    assert evaluate("", "Traceback\nConnectionError: no route\n") == (
-        2,
-        "The vulnerability database is unavailable: ConnectionError: no route",
-    )
 
 
 # ---- releases and commands

@@ -45,6 +45,12 @@ ENV = {
     "MAX_MESSAGE_CHARS": str(len(LONG_WORD)),
     "MAX_BODY_BYTES": str(2 * len(LONG_WORD)),
 }
+# Where a connection is lost: what the proxy does not forward any more.
+LOSSES = {
+    "before the first byte": b"HTTP/1.1",
+    "in the middle": b'"chunk":"dolor ',
+    "before the last event": b'"status":',
+}
 # An integer, because curl takes no fractions. Four heartbeats arrive in this time.
 SILENCE_SECONDS = 3
 # Requests of this tool have an id with this prefix, those of the client do not.
@@ -137,10 +143,12 @@ class Service:
         return requests
 
     async def wait_for_end(self) -> bool:
-        """Wait for the end of the client's only request. Return whether it has disconnected."""
+        """Wait for the end of the client's chat. Return whether it disconnected or stopped it."""
+        ends = ("client_disconnected", "stopped")
         with suppress(TimeoutError):
-            await self.wait_until(lambda: self._log)
-        return [entry["outcome"] for entry in self._log] == ["client_disconnected"]
+            await self.wait_until(lambda: any(entry["outcome"] in ends for entry in self._log))
+            return True
+        return False
 
 
 @asynccontextmanager
@@ -278,6 +286,83 @@ def find_retry_faults(expected: Expected, requests: list[dict[str, Any]]) -> lis
     return []
 
 
+@dataclass
+class LossyProxy:
+    """A proxy in front of the service. It loses the first connection at `mark` in the response."""
+
+    mark: bytes
+    lost: bool = False
+    # Whether the client sent an Idempotency-Key.
+    keyed: bool = False
+
+    @asynccontextmanager
+    async def run(self, url: str) -> AsyncIterator[str]:
+        """Run the proxy, and yield its URL."""
+        port = httpx.URL(url).port
+        connections: set[asyncio.Task[None]] = set()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connections.add(cast(asyncio.Task[None], asyncio.current_task()))
+            with suppress(OSError, asyncio.CancelledError):
+                await self._forward(
+                    reader, writer, *await asyncio.open_connection("127.0.0.1", port)
+                )
+            writer.close()
+
+        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            for connection in connections:
+                connection.cancel()
+            await asyncio.gather(*connections)
+
+    async def _forward(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        service_reader: asyncio.StreamReader,
+        service_writer: asyncio.StreamWriter,
+    ) -> None:
+        sending = asyncio.create_task(self._send_request(reader, service_writer))
+        response = b""
+        try:
+            while data := await service_reader.read(2**16):
+                response += data
+                if not self.lost and self.mark in response:
+                    self.lost = True
+                    writer.transport.abort()
+                    return
+                writer.write(data)
+                await writer.drain()
+        finally:
+            sending.cancel()
+            service_writer.transport.abort()
+
+    async def _send_request(
+        self, reader: asyncio.StreamReader, service_writer: asyncio.StreamWriter
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(2**16):
+                self.keyed |= b"idempotency-key:" in data.lower()
+                service_writer.write(data)
+            service_writer.transport.abort()
+
+
+def find_resume_faults(
+    keyed: bool, expected: Expected, done: Run, requests: list[dict[str, Any]]
+) -> list[str]:
+    """Return what the client did wrong if its connection was lost.
+
+    A client that sends an Idempotency-Key has to get the whole text by repeating its request. Any
+    other client may give up.
+    """
+    if not keyed and done.status:
+        return []
+    repeated = [request for request in requests if "original_request_id" in request]
+    if keyed and len(repeated) != len(requests) - 1:
+        return ["did not repeat its request with the same key"]
+    return find_faults(expected, done)
+
+
 def interrupt(pid: int) -> None:
     # The client may have exited already.
     with suppress(ProcessLookupError):
@@ -298,6 +383,14 @@ async def check(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
                 faults.append("printed nothing before the response was complete")
             faults += find_retry_faults(expected, await service.take_requests())
             yield f"{name}: {expected.code or 'done'}", faults
+
+        for where, mark in LOSSES.items():
+            expected = await send_own(service.url, "mock/lorem-30", MESSAGE)
+            proxy = LossyProxy(mark)
+            async with proxy.run(service.url) as url:
+                done = await run(command, url, "mock/lorem-30")
+            faults = find_resume_faults(proxy.keyed, expected, done, await service.take_requests())
+            yield f"the connection is lost {where}", faults
 
         done = await run(command, service.url, "mock/slow", interrupt)
         faults = find_missed_failure(done)

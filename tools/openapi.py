@@ -5,12 +5,13 @@ headers and their errors are declared here.
 """
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from chat import (
     ChatRequest,
@@ -19,6 +20,7 @@ from chat import (
     DoneEvent,
     ErrorEvent,
     ReasoningEvent,
+    StoppedEvent,
 )
 from errors import KINDS, Code, ErrorBody
 
@@ -53,7 +55,7 @@ class SessionView(BaseModel):
     messages: list[SessionMessage]
 
 
-EVENTS = (ChunkEvent, ReasoningEvent, DoneEvent, ErrorEvent)
+EVENTS = (ChunkEvent, ReasoningEvent, DoneEvent, StoppedEvent, ErrorEvent)
 WRITTEN = (*EVENTS, CompletionBody, ErrorBody, Models, SessionView)
 # Fields that are left out of some responses.
 OPTIONAL = {
@@ -63,74 +65,54 @@ OPTIONAL = {
     if info.exclude_if
 }
 
-MEANINGS: dict[Code, str] = {
-    "invalid_json": "the body is not a JSON object in UTF-8",
-    "invalid_api_key": "the API key is unknown, or missing where one is required",
-    "not_found": "no such route",
-    "session_not_found": "the session does not exist, has expired or belongs to another caller",
-    "method_not_allowed": "the route does not accept this method; `Allow` lists those it accepts",
-    "request_timeout": "the body did not arrive in time",
-    "session_busy": "another response is running in this session",
-    "body_too_large": "the body exceeds the limit",
-    "unsupported_media_type": "the Content-Type is not `application/json`",
-    "invalid_request": "a field is invalid; `fields` lists each with the reason",
-    "context_too_long": "the conversation is too long for the model",
-    "content_refused": "the provider's policy rejects the conversation",
-    "rate_limited": "the caller exceeded its rate limit",
-    "too_many_streams": "the caller has as many open streams as it may have",
-    "upstream_error": "the provider failed, rejected the request or sent a malformed response",
-    "upstream_incomplete": "the provider's stream ended before the response was complete",
-    "upstream_unavailable": "the provider is overloaded, or the quota there is used up",
-    "upstream_timeout": "the provider took too long",
-    "internal_error": "a bug in the service; report the request id",
-    "overloaded": "the service is at its limit of concurrent streams",
-    "shutting_down": "the service is shutting down",
-    "state_unavailable": "the session store or the shared rate limiter does not respond",
-}
+# The causes of each error, from its table.
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+MEANINGS = dict(re.findall(r"^\| \d+ \| `(\w+)` \| [^|]+ \| (.+) \|$", API, re.MULTILINE))
 # The errors of each kind of route, besides internal_error.
 LIMITED: set[Code] = {"invalid_api_key", "rate_limited"}
 SESSION: set[Code] = {*LIMITED, "invalid_request", "session_not_found", "state_unavailable"}
 CHAT: set[Code] = {*KINDS} - {"not_found", "method_not_allowed"}
+STREAM: set[Code] = {"session_not_found", *CHAT} - {
+    *("invalid_json", "body_too_large", "request_timeout", "unsupported_media_type"),
+    "idempotency_key_reused",
+}
 READY: set[Code] = {"shutting_down", "state_unavailable"}
 
 ID: Object = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
 BUCKET = '"(anonymous|key)"'
+TEXT: Object = {"type": "string"}
+
+
+def header(description: str, schema: Object, **more: object) -> Object:
+    return {"description": description, "schema": schema, **more}
+
+
 HEADERS: Object = {
-    "X-Request-ID": {
-        "description": "The request's own id if it is valid, otherwise a generated one.",
-        "required": True,
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:+/=-]{1,128}$"},
-    },
-    "X-Session-ID": {
-        "description": "The session of this response.",
-        "required": True,
-        "schema": ID,
-    },
-    "RateLimit-Policy": {
-        "description": "The caller's limit: `q` requests in `w` seconds. Absent without a limit.",
-        "schema": {"type": "string", "pattern": f"^{BUCKET};q=[0-9]+;w=[0-9]+$"},
-    },
-    "RateLimit": {
-        "description": "`r` requests are left, and one more is added in `t` seconds.",
-        "schema": {"type": "string", "pattern": f"^{BUCKET};r=[0-9]+;t=[0-9]+$"},
-    },
-    "Retry-After": {
-        "description": "Seconds to wait before a retry, if `retry_after` is a number.",
-        "schema": {"type": "integer", "minimum": 0},
-    },
-    "WWW-Authenticate": {"required": True, "schema": {"type": "string", "const": "Bearer"}},
-    "Allow": {
-        "description": "The methods that the route accepts.",
-        "required": True,
-        "schema": {"type": "string"},
-    },
+    "X-Request-ID": header(
+        "The request's own id if it is valid, otherwise a generated one.",
+        {**TEXT, "pattern": "^[A-Za-z0-9._:+/=-]{1,128}$"},
+        required=True,
+    ),
+    "X-Session-ID": header("The session of this response.", ID, required=True),
+    "Idempotent-Replayed": header(
+        "Present if an earlier request with this key started the stream.", {"const": "true"}
+    ),
+    "RateLimit-Policy": header(
+        "The caller's limit: `q` requests in `w` seconds. Absent without a limit.",
+        {**TEXT, "pattern": f"^{BUCKET};q=[0-9]+;w=[0-9]+$"},
+    ),
+    "RateLimit": header(
+        "`r` requests are left, and one more is added in `t` seconds.",
+        {**TEXT, "pattern": f"^{BUCKET};r=[0-9]+;t=[0-9]+$"},
+    ),
+    "Retry-After": header(
+        "Seconds to wait before a retry, if `retry_after` is a number.",
+        {"type": "integer", "minimum": 0},
+    ),
+    "WWW-Authenticate": header("The scheme of API keys.", {"const": "Bearer"}, required=True),
 }
 # On every response that passed the rate limiter.
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
-ERROR_HEADERS: dict[Code, str] = {
-    "invalid_api_key": "WWW-Authenticate",
-    "method_not_allowed": "Allow",
-}
 REQUEST_ID: Object = {
     "name": "X-Request-ID",
     "in": "header",
@@ -147,36 +129,39 @@ is 405 `method_not_allowed`, with `Allow`. A `Host` that is not in ALLOWED_HOSTS
 JSON body."""
 MESSAGE = """\
 Must contain visible text. The maximum is MAX_MESSAGE_CHARS code points, 8,000 by default."""
-STREAM = """\
+EVENT_STREAM = """\
 Server-sent events. Each event is one `data:` line with a ChatEvent as JSON, followed by a blank \
 line. Lines that begin with `:` are comments and keep the connection alive. Exactly one event \
 with a `status` ends the stream. If the connection closes without one, the response is \
 incomplete. The status line is sent with the first chunk or after 15 s; earlier failures have \
 their own HTTP status, and later ones are the last event. With `"stream": false`: one \
 CompletionBody, sent at the end."""
-
-
-class Schema(GenerateJsonSchema):
-    """pydantic's schemas without titles, which only repeat the names."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
+RESUMABLE = """\
+With the header `Idempotency-Key` (16 to 255 visible ASCII characters, such as a UUID) the stream \
+goes on for RESUME_SECONDS without a client. The same request with the same key attaches to it. \
+Its events have an `id:` line; `Last-Event-ID` skips those that the client has."""
 
 
 def ref(kind: str, name: str) -> Object:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
+# OpenAPI 3.2 (4.14.4) describes each event of a stream by the schema Event. In OpenAPI 3.1 some
+# tools apply a stream's schema to one event and others to the whole text, so it accepts both.
+STREAM_SCHEMA: Object = {"anyOf": [{"type": "string"}, ref("schemas", "Event")]}
+
+
 def schemas() -> Object:
     mode: JsonSchemaMode = "serialization"
     _, definitions = models_json_schema(
         [(ChatRequest, "validation"), *((model, mode) for model in WRITTEN)],
-        schema_generator=Schema,
         ref_template="#/components/schemas/{model}",
     )
     result: Object = definitions["$defs"]
     for name, schema in result.items():
-        schema.pop("title")
+        # Titles only repeat the names.
+        for each in (schema, *schema["properties"].values()):
+            each.pop("title", None)
         schema["description"] = " ".join(schema["description"].split())
         if name != "ChatRequest":
             # The service also writes fields that have their default.
@@ -195,13 +180,18 @@ def schemas() -> Object:
     fields["replace_last_turn"]["description"] = (
         "Whether this turn replaces the session's last one. Needs a session_id."
     )
+    result["ChatRequest"] |= {
+        "if": {
+            "properties": {"replace_last_turn": {"const": True}},
+            "required": ["replace_last_turn"],
+        },
+        "then": {"properties": {"session_id": {"type": "string"}}, "required": ["session_id"]},
+    }
     result["ChatRequest"]["examples"] = [{"message": "Hello"}]
     result["ChatEvent"] = {
         "oneOf": [ref("schemas", event.__name__) for event in EVENTS],
         "description": "The JSON in an event's `data` line.",
     }
-    # OpenAPI 3.2 (4.14.4) describes each event of a stream this way. In OpenAPI 3.1 some tools
-    # apply a stream's schema to one event and others to the whole text, so it accepts both.
     data = {
         "type": "string",
         "contentMediaType": JSON,
@@ -220,9 +210,13 @@ def response(description: str, media_type: str, schema: Object, *names: str) -> 
     return {"description": description, "headers": headers(*names), "content": content}
 
 
+def no_content(description: str) -> Object:
+    return {"description": description, "headers": headers(*LIMIT_HEADERS)}
+
+
 def error_response(codes: set[Code], *names: str) -> Object:
     """The response of one status, which may have any of these codes."""
-    own = [header for code, header in ERROR_HEADERS.items() if code in codes]
+    own = ["WWW-Authenticate"] if "invalid_api_key" in codes else []
     retry = ["Retry-After"] if any(KINDS[code].retryable for code in codes) else []
     text = "; ".join(f"`{code}`: {MEANINGS[code]}" for code in sorted(codes))
     return response(text, JSON, ref("schemas", "ErrorBody"), *names, *own, *retry)
@@ -248,8 +242,8 @@ def chat() -> Object:
     ids: Object = {"id": "req_123", "session_id": "s_456"}
     done = DoneEvent(**ids, model="gpt-4o-mini", finish_reason="stop", usage=None)
     chunks = [ChunkEvent(chunk=chunk, id="req_123") for chunk in ("Hello", " world")]
-    stream = {"anyOf": [{"type": "string"}, ref("schemas", "Event")]}
-    success = response(STREAM, "text/event-stream", stream, "X-Session-ID", *LIMIT_HEADERS)
+    headers = ("X-Session-ID", "Idempotent-Replayed", *LIMIT_HEADERS)
+    success = response(EVENT_STREAM, "text/event-stream", STREAM_SCHEMA, *headers)
     success["content"][JSON] = {"schema": ref("schemas", "CompletionBody")}
     success["content"]["text/event-stream"]["example"] = "".join(
         f"data: {event.model_dump_json()}\n\n" for event in (*chunks, done)
@@ -260,14 +254,28 @@ def chat() -> Object:
     }
     body = {"content": {JSON: {"schema": ref("schemas", "ChatRequest")}}, "required": True}
     summary = "Send a message and stream the response"
-    return operation("chat", summary, success, CHAT, requestBody=body)
+    return operation("chat", summary, success, CHAT, requestBody=body, description=RESUMABLE)
+
+
+SESSION_ID: Object = {"name": "session_id", "in": "path", "required": True, "schema": ID}
+
+
+def session_stream() -> Object:
+    summary = "Resume the latest stream with an Idempotency-Key"
+    headers = ("X-Session-ID", *LIMIT_HEADERS)
+    success = response(EVENT_STREAM, "text/event-stream", STREAM_SCHEMA, *headers)
+    resume = operation("resumeStream", summary, success, STREAM)
+    resume["responses"]["204"] = no_content("Nothing to resume, or the client has all events")
+    stopped = no_content("Stopped, or nothing was running")
+    stop = operation("stopStream", "Stop the running stream", stopped, SESSION, status=204)
+    return {"parameters": [SESSION_ID], "get": resume, "delete": stop}
 
 
 def session() -> Object:
     view = response("The session", JSON, ref("schemas", "SessionView"), *LIMIT_HEADERS)
-    deleted = {"description": "Deleted", "headers": headers(*LIMIT_HEADERS)}
+    deleted = no_content("Deleted")
     return {
-        "parameters": [{"name": "session_id", "in": "path", "required": True, "schema": ID}],
+        "parameters": [SESSION_ID],
         "get": operation("readSession", "Read a session", view, SESSION),
         "delete": operation(
             "deleteSession", "Delete a session", deleted, {*SESSION, "session_busy"}, status=204
@@ -287,16 +295,16 @@ def status(word: str) -> Object:
 
 
 def paths() -> Object:
-    text: Object = {"type": "string"}
     return {
         "/api/v1/chat": {"post": chat()},
         "/api/v1/models": get("models", "The models callers may request", ref("schemas", "Models")),
         "/api/v1/sessions/{session_id}": session(),
+        "/api/v1/sessions/{session_id}/stream": session_stream(),
         "/healthz": get("health", "The process is running", status("ok")),
         "/readyz": get("ready", "New requests are accepted", status("ready"), codes=READY),
-        "/metrics": get("metrics", "Prometheus metrics; absent if METRICS=off", text, "text/plain"),
+        "/metrics": get("metrics", "Prometheus metrics; absent if METRICS=off", TEXT, "text/plain"),
         "/openapi.json": get("openapi", "This document", {"type": "object"}),
-        "/": get("playground", "The playground; absent if PLAYGROUND=off", text, "text/html"),
+        "/": get("playground", "The playground; absent if PLAYGROUND=off", TEXT, "text/html"),
     }
 
 
@@ -311,11 +319,6 @@ def document() -> Object:
             "schemas": schemas(),
             "headers": HEADERS,
             "parameters": {"X-Request-ID": REQUEST_ID},
-            # For all other paths and methods.
-            "responses": {
-                "NotFound": error_response({"not_found"}),
-                "MethodNotAllowed": error_response({"method_not_allowed"}),
-            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
