@@ -71,9 +71,9 @@ export class Turn {
     this.complete(ending);
     if (!end.error) {
       // Screen readers read a short response aloud. innerText has white space between blocks.
-      const text = this.body.innerText.trim();
-      const long = text.length > 300 && `The response has ${text.split(/\s+/).length} words.`;
-      announce(`${long || text} ${ending}`);
+      const words = this.source.trim().split(/\s+/).length;
+      const text = words > 50 ? `The response has ${words} words.` : this.body.innerText;
+      announce(`${text} ${ending}`);
     }
     follow();
   }
