@@ -50,7 +50,7 @@ OPTIONAL = {"redis_state": 350, "check": 120, "resumable": 290}
 MAX_DEFAULT_LINES = 3726
 MAX_MODULE_LINES = 415
 MAX_FUNCTION_LINES = 50
-MAX_TOOL_LINES = 1800
+MAX_TOOL_LINES = 1880
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

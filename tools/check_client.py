@@ -78,6 +78,11 @@ OUTCOMES = (
     Outcome(
         "mock/unicode", "several scripts, combined emoji, U+2028", "decodes UTF-8 across reads"
     ),
+    Outcome(
+        "mock/reasoning",
+        "text; with `include_reasoning`, reasoning before it",
+        "shows reasoning apart from the text",
+    ),
     Outcome("mock/empty", "`done` without text", "says that there was no text"),
     Outcome("mock/lorem-0", "422 `invalid_request`", "shows the message and does not retry"),
     Outcome(
