@@ -11,7 +11,7 @@ COMPILE := uv pip compile -q --upgrade --universal --python-version 3.11 --gener
 # The programs that `make bench` measures, each in its own environment. `litellm` is possible, too.
 # Debian's Python and the official images' are built with profile-guided optimisation; one that pyenv
 # compiled is about a quarter slower.
-PEERS ?= service 0.1.0 ferro fastapi
+PEERS ?= service 0.1.0 ferro
 BENCH_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
 # The commit of version 0.1.0.
 BASELINE := 3da361a
@@ -80,7 +80,7 @@ lock: ## upgrade and lock all packages in requirements/; needs uv
 	$(COMPILE) --group test-all -c requirements/run.txt -c requirements/dev.txt \
 		-o requirements/test-all.txt
 	$(COMPILE) --group audit -o requirements/audit.txt
-	for peer in fastapi ferro litellm; do \
+	for peer in ferro litellm; do \
 		$(COMPILE) --group bench-$$peer -o requirements/bench-$$peer.txt || exit; done
 
 clean: ## remove environments, caches and reports

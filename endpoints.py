@@ -149,7 +149,7 @@ class Service:
                     await self.store.end(kept, turn)
             finally:
                 # The next stream of this session may have begun.
-                if self._running.get(key) is stream:
+                if self._running.get(key) is stream:  # pragma: no branch - a race
                     del self._running[key]
 
         messages = self._messages(history, chat.message)
@@ -455,7 +455,7 @@ def _last_event_id(request: Request) -> str:
     return request.headers.get("last-event-id", "")
 
 
-async def _receive_nothing() -> NoReturn:
+async def _receive_nothing() -> NoReturn:  # pragma: no cover - a stream never calls it
     raise AssertionError("a stream does not receive")
 
 

@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -373,9 +373,7 @@ class HTTPTransport(httpx.AsyncBaseTransport):
         transport = await asyncio.get_running_loop().start_tls(
             connection.transport, secured, self._tls, server_hostname=url.host
         )
-        if transport is None:
-            raise httpx.ProxyError("The proxy closed the tunnel")
-        secured.connection_made(transport)
+        secured.connection_made(cast(asyncio.Transport, transport))  # None is for datagrams
         return secured
 
 
@@ -400,28 +398,23 @@ async def connect_socket(host: str, port: int) -> socket.socket:
 
     async def attempt(family: socket.AddressFamily, address: Any, failed: anyio.Event) -> None:
         try:
-            connected.append(await _connect_address(family, address))
+            connected.append(opened.enter_context(await _connect_address(family, address)))
             tasks.cancel_scope.cancel()
         except OSError as error:
             failures.append(error)
             failed.set()
 
-    try:
+    with ExitStack() as opened:
         async with anyio.create_task_group() as tasks:
             for family, *_, address in found:
                 failed = anyio.Event()
                 tasks.start_soon(attempt, family, address, failed)
                 with anyio.move_on_after(ADDRESS_DELAY_SECONDS):
                     await failed.wait()
-    except BaseException:
-        for each in connected:
-            each.close()
-        raise
-    for each in connected[1:]:
-        each.close()
-    if not connected:
-        raise failures[-1]
-    return connected[0]
+        if not connected:
+            raise failures[-1]
+        # The others are closed here, if several addresses connected at the same moment.
+        return socket.socket(fileno=connected[0].detach())
 
 
 async def _connect_address(family: socket.AddressFamily, address: Any) -> socket.socket:

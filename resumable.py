@@ -342,9 +342,8 @@ class ResumableStreams:
 
     async def aclose(self) -> None:
         """End all generations. Return when their turns are stored."""
-        for generation in list(self._running):
-            if generation.stream is not None:
-                generation.stream.abort(shutting_down())
+        for stream in [each.stream for each in self._running if each.stream is not None]:
+            stream.abort(shutting_down())
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -400,8 +399,7 @@ class ResumableStreams:
             self._drop(generation)
         elif generation.stream is not None:
             generation.stream.abort("client_disconnected")
-        else:
-            # Its session is being opened.
+        else:  # pragma: no cover - its session is being opened for that long
             self._update_expiry(generation)
 
     def _drop(self, generation: Generation) -> None:

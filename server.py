@@ -15,7 +15,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -52,31 +52,32 @@ SPARE_DESCRIPTORS = 64
 def listen(settings: Settings) -> list[socket.socket]:
     """Return a listening socket for each address of HOST.
 
-    Raise SettingsError if none can be had or the port is in use. An address that this machine does
+    Raise SettingsError if none can be used or the port is in use. An address that this machine does
     not have is skipped: `localhost` often includes ::1 where IPv6 is off.
     """
     host, port = settings.host, settings.port
-    listeners = []
-    problem = f"HOST={host!r} is not an address of this machine. Use 127.0.0.1, or 0.0.0.0 for all"
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        raise SettingsError(problem) from None
-    for family, _, _, _, address in found:
+    listeners: list[socket.socket] = []
+    failures: list[OSError] = []
+    with ExitStack() as opened:
         try:
-            listeners.append(socket.create_server(address, family=family))
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except UnicodeError:
+            raise SettingsError(f"HOST={host!r} is not a host name or an address") from None
         except OSError as error:
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                continue
-            if error.errno == errno.EADDRINUSE:
-                problem = f"PORT={port} is in use. Stop the process that uses it, or set PORT"
-            else:
-                problem = f"HOST={host!r}, PORT={port}: {error.strerror}. Set another port"
-            for listener in listeners:
-                listener.close()
-            raise SettingsError(problem) from None
-    if not listeners:
-        raise SettingsError(problem)
+            found, failures = [], [error]
+        for family, _, _, _, address in found:
+            try:
+                listener = opened.enter_context(socket.create_server(address, family=family))
+                listeners.append(listener)
+            except OSError as error:
+                failures.append(error)
+        if errno.EADDRINUSE in {error.errno for error in failures}:
+            problem = f"PORT={port} is in use. Stop the process that uses it, or set PORT"
+            raise SettingsError(problem)
+        if not listeners:
+            problem = f"HOST={host!r} with PORT={port} cannot be used ({failures[-1].strerror})"
+            raise SettingsError(f"{problem}. Use HOST=127.0.0.1, or 0.0.0.0 for all addresses")
+        opened.pop_all()
     # The kernel drops a client that acknowledges nothing. Without this it retries for 15 minutes.
     # Linux only.
     milliseconds = int(1000 * (2 * settings.write_timeout_seconds + CLOSE_SECONDS))
@@ -130,9 +131,9 @@ class ClientConnection:
 
     def write(self, data: bytes) -> None:
         """Write part of the body, framed as an HTTP chunk unless the client speaks HTTP/1.0."""
-        if not self._cycle.disconnected:
-            chunked = self._cycle.chunked_encoding
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        # After a disconnect, the transport drops it.
+        chunked = self._cycle.chunked_encoding
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
     @property
     def paused(self) -> bool:
@@ -154,10 +155,6 @@ class ClientConnection:
 
 
 def _ignore() -> None:
-    pass
-
-
-def _ignore_text(text: str) -> None:
     pass
 
 
@@ -219,8 +216,6 @@ class HTTPProtocol(HttpToolsProtocol):
         self._body_chunks = 0
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            return
         if self._overhead_bytes > MAX_OVERHEAD_BYTES:
             # Dropped while a response is still being sent; then the connection is closed.
             self._overhead_bytes += len(data)
@@ -399,8 +394,8 @@ class Server(uvicorn.Server):
         log: logging.Logger,
         drain: Drain,
         *,
-        on_started: Callable[[str], None] = _ignore_text,
-        on_malformed: Callable[[str], None] = _ignore_text,
+        on_started: Callable[[str], None],
+        on_malformed: Callable[[str], None],
     ) -> None:
         trusted = [str(network) for network in settings.forwarded_allow_ips]
         config = uvicorn.Config(

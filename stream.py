@@ -150,9 +150,9 @@ class ClientStream(ABC):
     def _resume(self) -> None:
         """Continue: the client reads again."""
 
+    @abstractmethod
     def _deadlines(self) -> list[Deadline]:
         """Return the deadlines that apply besides heartbeats and the write timeout."""
-        return []
 
     # Writing
 
@@ -219,8 +219,7 @@ class ClientStream(ABC):
 
     def _send_heartbeat(self) -> None:
         self._sent_at = self._now()
-        if self._state is not State.OPENING:
-            self._write(HEARTBEAT)
+        self._write(HEARTBEAT)
         if self._connection.paused:
             self._pause(self._sent_at)
 
@@ -304,8 +303,8 @@ class EventStream(ClientStream, Sink):
         self._finished = asyncio.Event()
         # Since when the provider has been silent.
         self._waiting_since = 0.0
-        self._resume_provider: Callable[[], None] | None = None
-        self._finish_provider: Callable[[], bool] | None = None
+        self._resume_provider: Callable[[], None] = _ignore
+        self._finish_provider: Callable[[], bool] = _cannot_finish
 
     async def stop(self) -> None:
         """Stop the stream. Return when its turn is stored and its session is free.
@@ -374,8 +373,7 @@ class EventStream(ClientStream, Sink):
         self._write(events)
 
     def _resume(self) -> None:
-        if self._resume_provider is not None:
-            self._resume_provider()
+        self._resume_provider()
 
     def _end_pause(self, now: float) -> None:
         if self._paused_since is not None:
@@ -416,7 +414,7 @@ class EventStream(ClientStream, Sink):
     def _on_idle(self) -> None:
         """Abort, unless the provider has already sent what may count as the end."""
         self._waiting_since = self._now()
-        if self._finish_provider is not None and self._finish_provider():
+        if self._finish_provider():
             return
         idle = self._settings.idle_timeout_seconds
         problem = f"The provider sent nothing for {idle:g} s in the middle of its response. Retry."
@@ -504,3 +502,7 @@ def escape_line_separators(events: bytes) -> bytes:
 
 def _ignore() -> None:
     pass
+
+
+def _cannot_finish() -> bool:
+    return False

@@ -99,11 +99,6 @@ def _service(source: Path, site: Site) -> tuple[list[str], dict[str, str]]:
     return ["-m", "service"], {"PYTHONPATH": str(source), **limits, **site.service_env}
 
 
-def _fastapi(site: Site) -> tuple[list[str], dict[str, str]]:
-    arguments = ["bench.fastapi_peer:app", "--port", str(site.port)]
-    return arguments, {"PYTHONPATH": str(ROOT)}
-
-
 def _nginx(site: Site) -> tuple[list[str], dict[str, str]]:
     config = site.folder / "nginx.conf"
     config.write_text(NGINX.format(**vars(site)))
@@ -150,9 +145,6 @@ PEERS = (
     Peer("ferro", "Ferro 1.5 (Go)", VENVS / "ferro/bin/ferrogw", _ferro,
          health_path="/health"),
     Peer("nginx", "nginx (passes bytes)", NGINX_PATH, _nginx),
-    # It fails most of the streams of `arrival`, and takes half a minute.
-    Peer("fastapi", "FastAPI, openai SDK", VENVS / "fastapi/bin/uvicorn", _fastapi,
-         path="/chat", body=BODY, skipped_loads=frozenset({"arrival"})),
     # Its /health sends a request to the model, and a thousand streams take it minutes.
     Peer("litellm", "LiteLLM proxy", VENVS / "litellm/bin/litellm", _litellm,
          health_path="/health/liveliness", skipped_loads=frozenset({"arrival", "hold"})),

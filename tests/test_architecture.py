@@ -44,13 +44,13 @@ IMPORTS = {
 }
 # Modules that are imported only if a setting needs them, and their limits in lines of code.
 # resumable is imported always, but only requests with an Idempotency-Key use it.
-OPTIONAL = {"redis_state": 350, "check": 120, "resumable": 290}
+OPTIONAL = {"redis_state": 350, "check": 120, "resumable": 288}
 # The goals are 2,400 lines for the default path and 320 for a module. These are the sizes that were
 # reached. They may only go down.
-MAX_DEFAULT_LINES = 3726
+MAX_DEFAULT_LINES = 3714
 MAX_MODULE_LINES = 415
 MAX_FUNCTION_LINES = 50
-MAX_TOOL_LINES = 1880
+MAX_TOOL_LINES = 1800
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

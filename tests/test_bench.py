@@ -114,7 +114,7 @@ def test_missed_limit_of_the_service_is_marked_in_the_table() -> None:
 
 
 def test_absolute_row_shows_the_peers_own_value() -> None:
-    figures = {"service": rounds(0, figure="failed"), "fastapi": rounds(7, figure="failed")}
+    figures = {"service": rounds(0, figure="failed"), "ferro": rounds(7, figure="failed")}
     assert "| failed requests, all loads | 0 (goal: 0) | 7 |" in table(figures)
 
 

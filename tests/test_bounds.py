@@ -19,11 +19,12 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from server import MAX_BODY_CHUNKS, MAX_DROPPED_BYTES, StartQueue
+from server import MAX_BODY_CHUNKS, MAX_DROPPED_BYTES, StartQueue, raise_descriptor_limit
+from settings import from_env
 from stream import MAX_SENT_BYTES
 from tests.client import Client, Response
 from tests.conftest import TIMEOUT_SECONDS, RunningService, StartRelay, StartService
-from tests.faults import get_outcome, read_to_end, run_scenario
+from tests.faults import connect_slow_client, get_outcome, read_to_end, run_scenario
 from tests.test_process import ROOT, ServiceProcess
 from tests.test_service import CHAT, HELLO, NEVER, encode_request, exchange
 from tests.upstream import DONE, END, HEAD, Connection, delta, event, http_chunk, response
@@ -449,7 +450,77 @@ async def test_compressed_error_body_is_classified(
     assert await (await app.chat()).status_and_code() == (422, "context_too_long")
 
 
+async def test_compressed_error_body_that_is_damaged_is_classified_by_its_status(
+    relay: StartRelay,
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.send(response(400, b"no gzip", "content-encoding: gzip"))
+
+    app, _ = await relay(script)
+    assert await (await app.chat()).status_and_code() == (502, "upstream_error")
+
+
+async def test_error_body_without_end_is_read_up_to_a_limit(relay: StartRelay) -> None:
+    async def script(request: Connection) -> None:
+        await request.send(response(400, b"x" * 2**20)[:-1])
+
+    app, _ = await relay(script)
+    assert await (await app.chat()).status_and_code() == (502, "upstream_error")
+
+
+async def test_web_page_with_status_200_is_an_upstream_error(relay: StartRelay) -> None:
+    async def script(request: Connection) -> None:
+        await request.send(response(200, b"<html>", "content-type: text/html"))
+
+    app, _ = await relay(script)
+    assert await (await app.chat()).status_and_code() == (502, "upstream_error")
+
+
+async def test_mock_waits_for_a_client_that_does_not_read(service: StartService) -> None:
+    env = {"MODELS": "mock/*", "WRITE_TIMEOUT_SECONDS": "0.3", "MAX_MESSAGE_CHARS": "1000000"}
+    app = await service(**env, MAX_BODY_BYTES="8000000")
+    client = await connect_slow_client(app.url)
+    app.clients.append(client)
+    # The mock echoes one chunk per word.
+    message = " ".join(["x" * 5000] * 190)
+    await client.chat(message, model_id="mock/echo")
+    line = await app.log.wait_for_request()
+    assert line["outcome"] == "client_stalled"
+    assert line["chunks"] < 190
+
+
 # ---- the end of a stream
+
+
+async def test_text_after_a_final_finish_reason_cancels_the_end(relay: StartRelay) -> None:
+    more = asyncio.Event()
+
+    async def script(request: Connection) -> None:
+        await request.stream(delta("Hel"), FINISH)
+        await more.wait()
+        await request.send_events(delta("lo"))
+        await request.send_events(FINISH, DONE)
+        await request.send(END)
+
+    app, _ = await relay(script)
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "Hel"
+    more.set()
+    text, last = await read_to_end(reply)
+    assert (text, get_outcome(last)) == ("lo", "done")
+
+
+async def test_connection_that_is_reset_after_a_final_finish_reason_does_not_spoil_the_response(
+    relay: StartRelay,
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.stream(delta("Hello"), FINISH)
+        request.reset()
+
+    app, _ = await relay(script)
+    text, last = await read_to_end(await app.chat())
+    assert (text, get_outcome(last)) == ("Hello", "done")
+
 
 FAILURES = ("error", "network_error", "abort", "insufficient_system_resource")
 
@@ -513,3 +584,17 @@ async def test_final_finish_reason_ends_the_stream_though_comments_follow_for_ev
         [done] = await reply.events()
     assert (done["status"], done["finish_reason"], done["usage"]) == ("done", "stop", usage)
     await provider.requests[0].closed.wait()
+
+
+def test_limit_of_open_files_that_is_too_low_for_max_streams_is_reported() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    warning = raise_descriptor_limit(from_env({"MAX_STREAMS": "1000000000"}))
+    assert (warning is None) == (hard == resource.RLIM_INFINITY or hard > 2 * 10**9)
+
+
+async def test_flood_behind_a_request_that_is_not_answered_is_reset(relay: StartRelay) -> None:
+    app, _ = await relay(say_hel)
+    client = await app.connect()
+    await client.chat()
+    with anyio.fail_after(TIMEOUT_SECONDS), pytest.raises(ConnectionError):
+        await send_forever(client, b"x" * 2**16)

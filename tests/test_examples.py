@@ -4,7 +4,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from providers import MockProvider
 from tests.redis_server import find_program
 from tools.check_client import (
-    OUTCOMES,
+    MODELS,
     Expected,
     Run,
     check,
@@ -36,11 +36,13 @@ def test_example_has_fewer_than_60_lines_of_code(path: Path) -> None:
     assert 5 < len(code) < 60
 
 
-def test_every_mock_model_has_an_outcome() -> None:
-    models = {outcome.model.partition("/")[2] for outcome in OUTCOMES}
-    assert {re.sub("-[0-9]+$", "", each) for each in MockProvider.models} == {
-        re.sub("-[0-9]+$", "", each) for each in models
-    }
+def test_every_mock_model_is_tested_and_documented() -> None:
+    def kinds(models: Iterable[str]) -> set[str]:
+        return {re.sub("-[0-9]+$", "-N", model) for model in models}
+
+    page = (EXAMPLES.parent / "docs/clients.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `mock/([a-z0-9-]+)` \|", page, re.MULTILINE)
+    assert kinds(MockProvider.models) == kinds(MODELS) == kinds(documented)
 
 
 @pytest.mark.parametrize(

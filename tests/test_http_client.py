@@ -438,6 +438,31 @@ async def test_paused_connection_reads_again_when_it_is_reused(transport: HTTPTr
     assert log == [2]
 
 
+async def test_idle_connection_that_receives_something_is_closed(
+    transport: HTTPTransport,
+) -> None:
+    garbage, closed, requests = asyncio.Event(), asyncio.Event(), 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        await read_request(reader)
+        requests += 1
+        writer.write(SIZED)
+        if requests == 1:
+            await garbage.wait()
+            writer.write(b"garbage")
+            # The client closes the connection.
+            await reader.read(1)
+            closed.set()
+
+    async with serving(serve) as url:
+        await fetch(transport, url)
+        garbage.set()
+        await closed.wait()
+        assert await fetch(transport, url) == (200, TEXT)
+    assert requests == 2
+
+
 # Connecting
 
 
@@ -588,6 +613,22 @@ async def test_https_goes_through_a_tunnel_that_is_reused(tmp_path: Path) -> Non
     assert b"Proxy-Authorization: Basic dXNlcjpwYXNz\r\n" in head
     # The provider's key must not reach the proxy.
     assert b"/v1/x" not in head
+    assert requests == [2]
+
+
+async def test_tunnel_carries_tls_without_certificates() -> None:
+    """An anonymous cipher needs no certificate, so that this test needs no other program."""
+    server, client = (ssl.SSLContext(p) for p in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    for context in (server, client):
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+    requests: list[int] = []
+    async with serving(keeping(requests), server) as url, proxying([]) as proxy:
+        transport = HTTPTransport(client, httpx.Proxy(proxy))
+        assert await fetch(transport, url) == (200, TEXT)
+        assert await fetch(transport, url) == (200, TEXT)
+        await transport.aclose()
     assert requests == [2]
 
 

@@ -195,6 +195,24 @@ async def test_port_in_use_stops_the_start_with_one_line(launch: StartProcess) -
     assert (status, process.lines) == (2, [])
 
 
+async def test_host_that_is_not_of_this_machine_stops_the_start_with_one_line(
+    launch: StartProcess,
+) -> None:
+    # 192.0.2.0/24 is reserved for documentation (RFC 5737).
+    status, errors = await (await launch(HOST="192.0.2.7")).wait_for_exit()
+    assert errors.count("\n") == 1
+    assert "192.0.2.7" in errors
+    assert "0.0.0.0" in errors
+    assert status == 2
+
+
+async def test_check_prints_the_settings_and_ends_with_status_0(launch: StartProcess) -> None:
+    process = await launch("--check", DEFAULT_MODEL="mock/echo")
+    out, _ = await process.process.communicate()
+    assert "DEFAULT_MODEL=mock/echo\n" in out.decode()
+    assert process.process.returncode == 0
+
+
 async def test_version_is_printed(launch: StartProcess) -> None:
     process = await launch("--version")
     out, _ = await process.process.communicate()

@@ -583,6 +583,53 @@ async def test_slow_reader_is_disconnected_and_delays_no_other(relay: StartRelay
     assert await read(await post(app, last=events[-2][0])) == events[-1:]
 
 
+async def test_reader_that_pauses_gets_all_events_when_it_reads_again(relay: StartRelay) -> None:
+    gate = Gate("a", *["x" * 200_000] * 5)
+    app, _ = await relay(gate)
+    first = await post(app)
+    await read(first, 1)
+    slow = await connect_slow_client(app.url)
+    app.clients.append(slow)
+    begin(slow)
+    gate.open(6)
+    # The stream has ended, and the slow client has not read yet.
+    assert (await read(first))[-1][1]["status"] == "done"
+    events = await read(await slow.head())
+    assert len(text_of(events)) == 1_000_001
+    assert events[-1][1]["status"] == "done"
+
+
+async def test_reader_that_lags_behind_a_stream_that_is_not_retained_is_disconnected(
+    relay: StartRelay,
+) -> None:
+    gate = Gate("a", *["x" * 200_000] * 5)
+    app, _ = await relay(gate, RESUME_MAX_BYTES="300000")
+    first = await post(app)
+    await read(first, 1)
+    slow = await connect_slow_client(app.url)
+    app.clients.append(slow)
+    begin(slow)
+    gate.open(6)
+    assert (await read(first))[-1][1]["status"] == "done"
+    await app.log.wait_for_request(1)
+    outcomes = {line["outcome"] for line in app.log.requests()}
+    assert outcomes == {"done", "client_stalled"}
+
+
+async def test_deleted_session_drops_all_its_streams(relay: StartRelay) -> None:
+    gate = Gate("a")
+    gate.open(100)
+    app, _ = await relay(gate, RATE_LIMIT="off")
+    for number in range(2):
+        await read(await post(app, key=f"{KEY}-{number}", session_id="chosen"))
+    client = await app.connect()
+    assert (await client.request("DELETE", "/api/v1/sessions/chosen")).status == 204
+    for number in range(2):
+        reply = await post(app, key=f"{KEY}-{number}", session_id="chosen")
+        assert "idempotent-replayed" not in reply.headers
+        await read(reply)
+
+
 async def test_each_reader_gets_heartbeats(relay: StartRelay) -> None:
     gate = Gate("a")
     app, _ = await relay(gate, HEARTBEAT_SECONDS="0.1")

@@ -22,7 +22,7 @@ from openai_stream import Chunks
 from providers import Completion, Sink
 from server import CONNECTION
 from settings import from_env
-from stream import FINISH_SECONDS, End, EventStream
+from stream import FINISH_SECONDS, CompletionResponse, End, EventStream
 from telemetry import StreamReport
 from tests.conftest import raises
 
@@ -136,7 +136,13 @@ class FakeConnection:
 class Scenario:
     """An EventStream between a scripted provider and a FakeConnection."""
 
-    def __init__(self, *script: Step, pauses: tuple[float, ...] = (), **env: str) -> None:
+    def __init__(
+        self,
+        *script: Step,
+        pauses: tuple[float, ...] = (),
+        response: type[EventStream] = EventStream,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.script = script
         self.connection = FakeConnection(iter(pauses))
         self.log = self.connection.log
@@ -146,7 +152,7 @@ class Scenario:
         # Whether the provider may end at the idle timeout.
         self.may_finish = False
         self._finish_now = asyncio.Event()
-        self.stream = EventStream(self._provide, self._on_finish, "req_1", "s_1", from_env(env))
+        self.stream = response(self._provide, self._on_finish, "req_1", "s_1", from_env(env or {}))
 
     async def run(self) -> None:
         scope = {"type": "http", "extensions": {CONNECTION: self.connection}}
@@ -319,7 +325,7 @@ async def test_silent_provider_is_aborted_exactly_at_the_idle_timeout(
     idle: str, heartbeat: str
 ) -> None:
     env = {"IDLE_TIMEOUT_SECONDS": idle, "HEARTBEAT_SECONDS": heartbeat}
-    scenario = Scenario(1.0, ["a"], 1000.0, pauses=(), **env)
+    scenario = Scenario(1.0, ["a"], 1000.0, pauses=(), env=env)
     await scenario.run()
     assert now() == 1.0 + float(idle)
     assert scenario.events[-1]["error"]["code"] == scenario.report.outcome == "upstream_timeout"
@@ -337,7 +343,7 @@ async def test_silent_provider_that_may_finish_completes_at_the_idle_timeout() -
 async def test_provider_that_is_silent_after_activity_without_text_raises_upstream_timeout() -> (
     None
 ):
-    scenario = Scenario(1.0, [], 1000.0, IDLE_TIMEOUT_SECONDS="10")
+    scenario = Scenario(1.0, [], 1000.0, env={"IDLE_TIMEOUT_SECONDS": "10"})
     with raises("upstream_timeout"):
         await scenario.run()
     assert now() == 11.0
@@ -365,7 +371,7 @@ async def test_stream_is_aborted_at_the_total_timeout() -> None:
 
 async def test_time_in_which_the_client_does_not_read_does_not_count_against_the_provider() -> None:
     env = {"TOTAL_TIMEOUT_SECONDS": "110", "IDLE_TIMEOUT_SECONDS": "5"}
-    scenario = Scenario(*repeat(25, 4.0, ["a"]), DONE, pauses=(0.0, *[4.0] * 25), **env)
+    scenario = Scenario(*repeat(25, 4.0, ["a"]), DONE, pauses=(0.0, *[4.0] * 25), env=env)
     await scenario.run()
     assert scenario.report.outcome == "done"
     # The provider does not wait for the first pause: its chunk is still held then.
@@ -381,7 +387,9 @@ async def test_provider_is_not_asked_for_more_until_the_client_reads() -> None:
 
 async def test_slow_client_extends_a_stream_to_twice_the_total_timeout() -> None:
     script = repeat(100, 1.0, ["a"])
-    scenario = Scenario(*script, DONE, pauses=(0.0, *[20.0] * 100), TOTAL_TIMEOUT_SECONDS="100")
+    scenario = Scenario(
+        *script, DONE, pauses=(0.0, *[20.0] * 100), env={"TOTAL_TIMEOUT_SECONDS": "100"}
+    )
     await scenario.run()
     assert 200.0 <= now() <= 221.0
     assert scenario.report.outcome == "client_stalled"
@@ -394,7 +402,7 @@ async def test_client_that_does_not_read_is_reset_exactly_at_the_write_timeout(
     write: str, heartbeat: str
 ) -> None:
     env = {"WRITE_TIMEOUT_SECONDS": write, "HEARTBEAT_SECONDS": heartbeat}
-    scenario = Scenario(1.0, ["a"], 1.0, ["b"], ["c"], DONE, pauses=(0.0, 0.0, FOREVER), **env)
+    scenario = Scenario(1.0, ["a"], 1.0, ["b"], ["c"], DONE, pauses=(0.0, 0.0, FOREVER), env=env)
     await scenario.run()
     assert now() == 2.0 + float(write)
     assert scenario.report.outcome == "client_stalled"
@@ -403,7 +411,9 @@ async def test_client_that_does_not_read_is_reset_exactly_at_the_write_timeout(
 
 
 async def test_client_that_stops_reading_at_a_heartbeat_is_reset() -> None:
-    scenario = Scenario(["a"], 1000.0, pauses=(0.0, 0.0, FOREVER), IDLE_TIMEOUT_SECONDS="500")
+    scenario = Scenario(
+        ["a"], 1000.0, pauses=(0.0, 0.0, FOREVER), env={"IDLE_TIMEOUT_SECONDS": "500"}
+    )
     await scenario.run()
     assert now() == 15.0 + 30.0
     assert scenario.report.outcome == "client_stalled"
@@ -442,6 +452,15 @@ async def test_abort_before_the_status_line_was_taken_is_reported_in_the_stream(
     assert scenario.log == ["closed", "stored", "start", "body", "body"]
     assert [event.get("chunk") for event in scenario.events] == ["a", None]
     assert scenario.events[-1]["error"]["code"] == "overloaded"
+
+
+async def test_json_response_that_the_client_does_not_take_is_given_up() -> None:
+    scenario = Scenario(["a"], DONE, response=CompletionResponse)
+    scenario.connection.stop_reading()
+    await scenario.run()
+    assert now() == 30.0
+    assert scenario.report.outcome == "client_stalled"
+    assert scenario.log == ["closed", "stored", "reset"]
 
 
 # Clients that disconnect
@@ -654,7 +673,9 @@ def test_any_stream_stores_one_turn_and_sends_one_terminal_event(
     aborting: float | None,
 ) -> None:
     async def run() -> None:
-        scenario = Scenario(*steps, last, pauses=tuple(pauses), TOTAL_TIMEOUT_SECONDS="120")
+        scenario = Scenario(
+            *steps, last, pauses=tuple(pauses), env={"TOTAL_TIMEOUT_SECONDS": "120"}
+        )
         scenario.storing = fail(storing) if isinstance(storing, Exception) else take(storing)
         loop = asyncio.get_running_loop()
         if disconnecting is not None:

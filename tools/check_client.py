@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, cast
 import httpx
 
 ROOT = Path(__file__).parent.parent
-HEAD = "| model | response | what a good client does |\n|---|---|---|\n"
 MESSAGE = "Hello, how are you?"
 # The mock echoes a word in one chunk. This one is longer than the 64 KiB at which some line readers
 # stop, and shorter than the 128 KiB that Linux allows in an environment variable.
@@ -45,6 +44,11 @@ ENV = {
     "MAX_MESSAGE_CHARS": str(len(LONG_WORD)),
     "MAX_BODY_BYTES": str(2 * len(LONG_WORD)),
 }
+# docs/clients.md describes them.
+MODELS = (
+    "echo", "lorem-10000", "slow", "unicode", "reasoning", "empty", "lorem-0", "error",
+    "rate-limited", "hang", "error-midstream", "truncated",
+)  # fmt: skip
 # Where a connection is lost: what the proxy does not forward any more.
 LOSSES = {
     "before the first byte": b"HTTP/1.1",
@@ -55,64 +59,6 @@ LOSSES = {
 SILENCE_SECONDS = 3
 # Requests of this tool have an id with this prefix, those of the client do not.
 OWN_ID = "check-client-"
-
-
-class Outcome(NamedTuple):
-    """A model of the mock, the response it simulates, and what a client should do then."""
-
-    model: str
-    response: str
-    advice: str
-
-
-OUTCOMES = (
-    Outcome(
-        "mock/echo",
-        "a notice that this is the mock, then your message; so does any model not listed here",
-        "shows each chunk as it arrives, as text and never as HTML",
-    ),
-    Outcome("mock/lorem-10000", "N chunks for any `mock/lorem-N`, at most 10,000", "loses none"),
-    Outcome(
-        "mock/slow", "a chunk every half second", "does not wait for the end; lets the user stop"
-    ),
-    Outcome(
-        "mock/unicode", "several scripts, combined emoji, U+2028", "decodes UTF-8 across reads"
-    ),
-    Outcome(
-        "mock/reasoning",
-        "text; with `include_reasoning`, reasoning before it",
-        "shows reasoning apart from the text",
-    ),
-    Outcome("mock/empty", "`done` without text", "says that there was no text"),
-    Outcome("mock/lorem-0", "422 `invalid_request`", "shows the message and does not retry"),
-    Outcome(
-        "mock/error",
-        "502 `upstream_error`, after two retries (1 to 2 s)",
-        "offers a retry, because `retryable` is true",
-    ),
-    Outcome(
-        "mock/rate-limited",
-        "503 `upstream_unavailable` with `Retry-After: 2`, after two retries (4 s)",
-        "waits for `retry_after` seconds before it retries",
-    ),
-    Outcome(
-        "mock/hang",
-        "heartbeats, then `upstream_timeout` after `FIRST_TOKEN_TIMEOUT_SECONDS`",
-        "ignores comments; expects an error as the first event",
-    ),
-    Outcome(
-        "mock/error-midstream",
-        "text, then `upstream_error` as the last event",
-        "keeps the text and marks it as incomplete; a retry stores a second turn",
-    ),
-    Outcome("mock/truncated", "text, then `upstream_incomplete`", "the same"),
-)
-
-
-def table() -> str:
-    """Return the outcomes as a Markdown table."""
-    rows = (f"| `{model}` | {response} | {advice} |\n" for model, response, advice in OUTCOMES)
-    return HEAD + "".join(rows)
 
 
 class Service:
@@ -161,11 +107,10 @@ async def running_service() -> AsyncIterator[Service]:
     # Without this process's environment and .env: no real provider must be configured.
     env = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **ENV}
     with TemporaryDirectory() as directory:
+        command = (sys.executable, "-m", "service")
+        pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "service"),
-            cwd=directory,
-            env=env,
-            stdout=asyncio.subprocess.PIPE,
+            *command, cwd=directory, env=env, stdout=pipe
         )
         service = Service(process)
         reading = asyncio.create_task(service.read_log())
@@ -200,14 +145,12 @@ async def send_own(url: str, model: str, message: str, name: str = "reference") 
     else:
         blocks = response.content.decode().split("\n\n")
         *chunks, end = (json.loads(block[6:]) for block in blocks if block.startswith("data: "))
-    error = {
-        name: value for name, value in end.get("error", {}).items() if name in Expected._fields
-    }
-    return Expected("".join(event["chunk"] for event in chunks), **error)
+    error = end.get("error", {"code": None, "retryable": False, "retry_after": None})
+    text = "".join(event["chunk"] for event in chunks)
+    return Expected(text, error["code"], error["retryable"], error["retry_after"])
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A finished client: its exit status, or None if it had to be killed, and its output."""
 
     status: int | None
@@ -216,11 +159,12 @@ class Run:
     stderr: str
 
 
-Act = Callable[[int], object]
-
-
 async def run(
-    command: list[str], url: str, model: str, act: Act | None = None, message: str = MESSAGE
+    command: list[str],
+    url: str,
+    model: str,
+    act: Callable[[int], object] | None = None,
+    message: str = MESSAGE,
 ) -> Run:
     """Run the client. Call `act` with its process id once it has printed something, or should."""
     variables = {"CHAT_URL": url, "CHAT_MODEL": model, "CHAT_MESSAGE": message}
@@ -281,10 +225,8 @@ def find_retry_faults(expected: Expected, requests: list[dict[str, Any]]) -> lis
         return ["retried after text: the session has a second turn"]
     for earlier, later in pairwise(requests):
         ended = datetime.fromisoformat(earlier["time"])
-        started = datetime.fromisoformat(later["time"]) - timedelta(
-            milliseconds=later["duration_ms"]
-        )
-        waited = (started - ended).total_seconds()
+        duration = timedelta(milliseconds=later["duration_ms"])
+        waited = (datetime.fromisoformat(later["time"]) - duration - ended).total_seconds()
         # The log has milliseconds, and sleeping programs round.
         if waited < (expected.retry_after or 0) - 0.1:
             return [f"retried after {waited:.1f} s, not after {expected.retry_after} s"]
@@ -295,61 +237,43 @@ def find_retry_faults(expected: Expected, requests: list[dict[str, Any]]) -> lis
 class LossyProxy:
     """A proxy in front of the service. It loses the first connection at `mark` in the response."""
 
+    url: str
     mark: bytes
+    response: bytes = b""
     lost: bool = False
     # Whether the client sent an Idempotency-Key.
     keyed: bool = False
 
     @asynccontextmanager
-    async def run(self, url: str) -> AsyncIterator[str]:
+    async def run(self) -> AsyncIterator[str]:
         """Run the proxy, and yield its URL."""
-        port = httpx.URL(url).port
-        connections: set[asyncio.Task[None]] = set()
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connections.add(cast(asyncio.Task[None], asyncio.current_task()))
-            with suppress(OSError, asyncio.CancelledError):
-                await self._forward(
-                    reader, writer, *await asyncio.open_connection("127.0.0.1", port)
-                )
-            writer.close()
-
-        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(self._accept, "127.0.0.1", 0) as server:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            for connection in connections:
-                connection.cancel()
-            await asyncio.gather(*connections)
 
-    async def _forward(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        service_reader: asyncio.StreamReader,
-        service_writer: asyncio.StreamWriter,
-    ) -> None:
-        sending = asyncio.create_task(self._send_request(reader, service_writer))
-        response = b""
-        try:
-            while data := await service_reader.read(2**16):
-                response += data
-                if not self.lost and self.mark in response:
-                    self.lost = True
-                    writer.transport.abort()
-                    return
-                writer.write(data)
-                await writer.drain()
-        finally:
-            sending.cancel()
-            service_writer.transport.abort()
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        service = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
+        sending = _copy(reader, service[1], self._see_request)
+        await asyncio.gather(sending, _copy(service[0], writer, self._see_response))
 
-    async def _send_request(
-        self, reader: asyncio.StreamReader, service_writer: asyncio.StreamWriter
-    ) -> None:
-        with suppress(OSError):
-            while data := await reader.read(2**16):
-                self.keyed |= b"idempotency-key:" in data.lower()
-                service_writer.write(data)
-            service_writer.transport.abort()
+    def _see_request(self, data: bytes) -> bool:
+        self.keyed |= b"idempotency-key:" in data.lower()
+        return True
+
+    def _see_response(self, data: bytes) -> bool:
+        self.response += data
+        lost_now = not self.lost and self.mark in self.response
+        self.lost |= lost_now
+        return not lost_now
+
+
+async def _copy(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, see: Callable[[bytes], bool]
+) -> None:
+    """Forward data while `see` returns true for it. Then reset the connection."""
+    with suppress(OSError):
+        while (data := await reader.read(2**16)) and see(data):
+            writer.write(data)
+    writer.transport.abort()
 
 
 def find_resume_faults(
@@ -377,7 +301,7 @@ def interrupt(pid: int) -> None:
 async def check(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
     """Yield the name of each test and what the client did wrong in it."""
     async with running_service() as service:
-        cases = [(outcome.model, outcome.model, MESSAGE) for outcome in OUTCOMES]
+        cases = [(f"mock/{model}", f"mock/{model}", MESSAGE) for model in MODELS]
         for name, model, message in (*cases, ("a chunk of 100 kB", "mock/echo", LONG_WORD)):
             expected, done = await asyncio.gather(
                 send_own(service.url, model, message),
@@ -391,8 +315,8 @@ async def check(command: list[str]) -> AsyncIterator[tuple[str, list[str]]]:
 
         for where, mark in LOSSES.items():
             expected = await send_own(service.url, "mock/lorem-30", MESSAGE)
-            proxy = LossyProxy(mark)
-            async with proxy.run(service.url) as url:
+            proxy = LossyProxy(service.url, mark)
+            async with proxy.run() as url:
                 done = await run(command, url, "mock/lorem-30")
             faults = find_resume_faults(proxy.keyed, expected, done, await service.take_requests())
             yield f"the connection is lost {where}", faults

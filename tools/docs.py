@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import report
-from tools import check_client, configuration
+from tools import configuration
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Each page has one generated part, between `<!-- generated -->` and `<!-- /generated -->`.
 PAGES: dict[str, Callable[[], str]] = {
     "benchmarks.md": report.summary,
-    "clients.md": check_client.table,
     "configuration.md": configuration.table,
 }
 
