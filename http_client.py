@@ -411,10 +411,10 @@ async def connect_socket(host: str, port: int) -> socket.socket:
                 tasks.start_soon(attempt, family, address, failed)
                 with anyio.move_on_after(ADDRESS_DELAY_SECONDS):
                     await failed.wait()
-        if not connected:
-            raise failures[-1]
-        # The others are closed here, if several addresses connected at the same moment.
-        return socket.socket(fileno=connected[0].detach())
+        if connected:
+            # The others are closed here, if several addresses connected at the same moment.
+            return socket.socket(fileno=connected[0].detach())
+    raise failures[-1]
 
 
 async def _connect_address(family: socket.AddressFamily, address: Any) -> socket.socket:

@@ -166,6 +166,7 @@ async def test_log_is_text_at_a_terminal(launch: StartProcess) -> None:
     [
         ({"PORT": "many"}, b"", ["PORT", "'many'"]),
         ({"HOST": "a..b"}, b"", ["HOST", "'a..b'"]),
+        ({"HOST": "host.invalid"}, b"", ["HOST", "'host.invalid'"]),
         ({"RATE_LIMIT": "10"}, b"", ["RATE_LIMIT", "'10'"]),
         ({"API_KEYS": "me:tooshort-4711"}, b"", ["API_KEYS"]),
         ({"MODELS": "gpt-9"}, b"", ["DEFAULT_MODEL", "'gpt-4o-mini'", "MODELS"]),

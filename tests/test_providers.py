@@ -408,6 +408,26 @@ async def test_body_that_does_not_end_after_done_is_closed(
 
 
 @pytest.mark.parametrize("end", [DONE, b": no more\n\n"], ids=["done", "no_done"])
+async def test_text_after_a_finish_reason_without_text_lifts_the_deadline(
+    relay: StartRelay, end: bytes
+) -> None:
+    async def script(request: Connection) -> None:
+        await request.stream(delta("a"))
+
+    app, provider = await relay(script)
+    reply = await app.chat()
+    assert (await reply.event())["chunk"] == "a"
+    request = await provider.wait_for_request()
+    await request.send_events(delta(finish_reason="stop"))
+    await request.send_events(delta("b"))
+    assert (await reply.event())["chunk"] == "b"
+    await request.send_events(end)
+    await request.send(END)
+    (done,) = await reply.events()
+    assert done["status"] == "done"
+
+
+@pytest.mark.parametrize("end", [DONE, b": no more\n\n"], ids=["done", "no_done"])
 async def test_text_and_usage_after_a_finish_reason_are_part_of_the_response(
     relay: StartRelay, end: bytes
 ) -> None:

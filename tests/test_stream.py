@@ -454,6 +454,25 @@ async def test_abort_before_the_status_line_was_taken_is_reported_in_the_stream(
     assert scenario.events[-1]["error"]["code"] == "overloaded"
 
 
+async def test_client_that_does_not_read_a_json_response_is_reset() -> None:
+    scenario = Scenario(["a"], DONE, response=CompletionResponse, pauses=(FOREVER,))
+    await scenario.run()
+    assert now() == 30.0
+    assert scenario.log[-1] == "reset"
+
+
+async def test_provider_without_an_early_end_is_aborted_when_it_is_silent() -> None:
+    async def provide(sink: Sink) -> Completion:
+        sink.write(["a"])
+        await asyncio.Event().wait()
+        raise AssertionError("it waits until it is cancelled")
+
+    scenario = Scenario()
+    scenario.stream = EventStream(provide, scenario._on_finish, "req_1", "s_1", from_env({}))
+    await scenario.run()
+    assert scenario.report.outcome == "upstream_timeout"
+
+
 async def test_json_response_that_the_client_does_not_take_is_given_up() -> None:
     scenario = Scenario(["a"], DONE, response=CompletionResponse)
     scenario.connection.stop_reading()
