@@ -44,8 +44,8 @@ export function connectionError(response) {
   return { id: response?.headers.get("X-Request-ID"), error: { code, retryable: true } };
 }
 
-// What to tell users where the service's own message is for developers. The last two errors are
-// seen by the browser only.
+// Sentences for users, where the service's own message is for developers. The last two errors are
+// detected by the browser.
 const SENTENCES = {
   invalid_api_key: "The service needs a valid API key.",
   session_not_found: "This conversation has expired, or it belongs to another API key.",

@@ -306,7 +306,7 @@ function createAction({ code, retryable, retry_after: wait }, { retry, edit, res
   }
   if (retryable) return countDown(button("", retry), Date.now() + 1000 * (wait ?? 0));
   const editable = ["invalid_request", "body_too_large", "content_refused", "context_too_long"];
-  return editable.includes(code) ? button("Edit the message", edit) : null;
+  return edit && editable.includes(code) ? button("Edit the message", edit) : null;
 }
 
 function keyForm(retry) {

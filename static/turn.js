@@ -56,6 +56,8 @@ export class Turn {
   }
 
   draw() {
+    // The response has ended since the draw was scheduled.
+    if (this.footer) return;
     const start = performance.now();
     this.reasoning?.draw();
     this.markdown.draw();
