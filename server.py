@@ -130,15 +130,11 @@ class ClientConnection:
         self.on_disconnect: Callable[[], None] = _ignore
 
     def write(self, data: bytes) -> None:
-        """Write part of the body, as an HTTP chunk unless the client speaks HTTP/1.0.
-
-        Do nothing after a disconnect.
-        """
+        """Write part of the body, framed as an HTTP chunk unless the client speaks HTTP/1.0."""
         # uvloop raises when a connection is closed, where asyncio drops what is written.
-        if self.disconnected:
-            return
-        chunked = self._cycle.chunked_encoding
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        if not self.disconnected:
+            chunked = self._cycle.chunked_encoding
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
     @property
     def paused(self) -> bool:
