@@ -27,7 +27,7 @@ MESSAGE = "Hello, how are you?"
 # stop, and shorter than the 128 KiB that Linux allows in an environment variable.
 LONG_WORD = "long" * 25_000
 # The slowest outcome takes 5 s, and curl needs up to 5 s more to notice silence.
-CLIENT_TIMEOUT_SECONDS = 20.0
+CLIENT_TIMEOUT_SECONDS = 15.0
 # After this time, mock/slow has sent some chunks and is not done.
 MID_STREAM_SECONDS = 2.0
 # Short timeouts and no retries make every outcome quick.
@@ -239,7 +239,6 @@ class LossyProxy:
 
     url: str
     mark: bytes
-    response: bytes = b""
     lost: bool = False
     # Whether the client sent an Idempotency-Key.
     keyed: bool = False
@@ -252,28 +251,31 @@ class LossyProxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         service = await asyncio.open_connection("127.0.0.1", httpx.URL(self.url).port)
-        sending = _copy(reader, service[1], self._see_request)
-        await asyncio.gather(sending, _copy(service[0], writer, self._see_response))
+        sending = asyncio.create_task(self._send_request(reader, service[1]))
+        response = b""
+        with suppress(OSError):
+            while data := await service[0].read(2**16):
+                response += data
+                lost_now = not self.lost and self.mark in response
+                writer.write(
+                    data[: response.index(self.mark) - len(response)] if lost_now else data
+                )
+                if lost_now:
+                    self.lost = True
+                    break
+                await writer.drain()
+        sending.cancel()
+        writer.close()
+        service[1].transport.abort()
 
-    def _see_request(self, data: bytes) -> bool:
-        self.keyed |= b"idempotency-key:" in data.lower()
-        return True
-
-    def _see_response(self, data: bytes) -> bool:
-        self.response += data
-        lost_now = not self.lost and self.mark in self.response
-        self.lost |= lost_now
-        return not lost_now
-
-
-async def _copy(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, see: Callable[[bytes], bool]
-) -> None:
-    """Forward data while `see` returns true for it. Then reset the connection."""
-    with suppress(OSError):
-        while (data := await reader.read(2**16)) and see(data):
-            writer.write(data)
-    writer.transport.abort()
+    async def _send_request(
+        self, reader: asyncio.StreamReader, service: asyncio.StreamWriter
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(2**16):
+                self.keyed |= b"idempotency-key:" in data.lower()
+                service.write(data)
+        service.transport.abort()
 
 
 def find_resume_faults(
