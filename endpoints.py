@@ -310,32 +310,35 @@ class Service:
             problem = "Send the body as JSON: curl -H 'Content-Type: application/json'."
             raise ServiceError("unsupported_media_type", problem)
         connection: ClientConnection = request.scope["extensions"][CONNECTION]
+        limit, seconds = self.settings.max_body_bytes, self.settings.body_timeout_seconds
+        body, began, late = bytearray(), time.monotonic(), False
         if connection.body_arrived:
-            return await self._receive_body(request)
-        seconds, began = self.settings.body_timeout_seconds, time.monotonic()
-        waiting = anyio.move_on_after(seconds)
-        try:
-            with waiting, self.drain.track(lambda error: waiting.cancel()):
-                return await self._receive_body(request)
-        finally:
-            request.state.record.wait_seconds = time.monotonic() - began
-        self.drain.check()
-        raise ServiceError(
-            "request_timeout", f"The body did not arrive within {seconds:g} s. Retry."
-        )
+            await self._receive_body(request, body)
+        else:
+            waiting = anyio.move_on_after(seconds)
+            try:
+                with waiting, self.drain.track(lambda error: waiting.cancel()):
+                    await self._receive_body(request, body)
+            finally:
+                request.state.record.wait_seconds = time.monotonic() - began
+            late = waiting.cancelled_caught
+        if len(body) > limit:
+            raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
+        if late:
+            self.drain.check()
+            raise ServiceError(
+                "request_timeout", f"The body took longer than {seconds:g} s. Retry."
+            )
+        return bytes(body)
 
-    async def _receive_body(self, request: Request) -> bytes:
-        limit, received = self.settings.max_body_bytes, 0
-        body = bytearray()
+    async def _receive_body(self, request: Request, body: bytearray) -> None:
+        """Append the request's body to `body`, but at most one byte more than the limit."""
+        received, limit = 0, self.settings.max_body_bytes
         async for part in request.stream():
             received += len(part)
-            if received <= limit:
-                body += part
-            elif received > MAX_DROPPED_BYTES:
+            body += part[: limit + 1 - len(body)]
+            if received > max(limit, MAX_DROPPED_BYTES):
                 break
-        if received > limit:
-            raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
-        return bytes(body)
 
     def _messages(self, history: Sequence[Turn], message: str) -> list[Message]:
         """Return what the provider gets: the system prompt, the history and the new message."""

@@ -381,7 +381,6 @@ async def test_late_body_returns_408_and_closes_the_connection(
     assert await app.metric("chat_active_streams") == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the timeout is reported, which clients retry")
 async def test_late_body_that_is_already_too_large_returns_413(service: StartService) -> None:
     app = await service(BODY_TIMEOUT_SECONDS="0.2", MAX_BODY_BYTES="100")
     client = await app.connect()
