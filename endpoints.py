@@ -326,9 +326,7 @@ class Service:
             raise ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
         if late:
             self.drain.check()
-            raise ServiceError(
-                "request_timeout", f"The body took longer than {seconds:g} s. Retry."
-            )
+            raise ServiceError("request_timeout", f"The body took over {seconds:g} s. Retry.")
         return bytes(body)
 
     async def _receive_body(self, request: Request, body: bytearray) -> None:
