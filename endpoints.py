@@ -154,7 +154,7 @@ class Service:
 
         messages = self._messages(history, chat.message)
         run = partial(complete, targets, messages, call, settings=self.settings)
-        # A generation retains events, whatever its readers send.
+        # A generation retains events, also if its reader sends one JSON object.
         whole = not chat.stream and settings is None
         response = CompletionResponse if whole else EventStream
         stream = response(
@@ -209,9 +209,8 @@ class Service:
         reader = self.resumable.attach(caller.owner, key, hashed, event_id)
         if reader is None:
             self.drain.check()
-            with ExitStack() as held:
-                held.enter_context(self.streams.acquire(caller))
-                slot = held.pop_all()
+            slot = ExitStack()
+            slot.enter_context(self.streams.acquire(caller))
             original: telemetry.RequestRecord = request.state.record
             record = replace(original, headers={}, fields=dict(original.fields), wait_seconds=0.0)
             host = request.client.host if request.client else ""
@@ -236,10 +235,10 @@ class Service:
         """Run a generation and log it."""
         error = None
         try:
-            with ExitStack() as held:
-                held.push(slot)
+            with slot:
                 session = await self.store.open(caller.owner, chat.session_id)
-                held.pop_all()
+                # From here on the stream frees the slot.
+                slot = slot.pop_all()
             key = (find_owner(caller.owner, session), session.id)
             settings = self.resumable.stream_settings
             stream, call = self._create_stream(key, record, chat, targets, session, slot, settings)
@@ -508,7 +507,7 @@ def routing_error(error: HTTPException, path: str) -> ServiceError:
 
 
 async def on_client_disconnect(request: Request, error: Exception) -> Response:
-    """Note that the client disconnected while it sent its request. Nobody gets this response."""
+    """Note that the client disconnected while it sent its request. The response is dropped."""
     record: telemetry.RequestRecord = request.state.record
     record.outcome = "client_disconnected"
     record.wait_seconds = time.monotonic() - record.started

@@ -162,7 +162,7 @@ def _ignore() -> None:
 class StartQueue:
     """Starts at most one request in each turn of the event loop, in the order they arrived.
 
-    Starting a request takes a hundred times as long as relaying an event. Without the queue, 1,000
+    Starting a request takes as long as relaying about fifty events. Without the queue, 1,000
     requests at once would delay every running stream until all of them are started.
     """
 

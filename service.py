@@ -158,10 +158,11 @@ def create_routes(settings: Settings, router: Router, service: Service) -> list[
     if settings.metrics:
         routes.append(Route("/metrics", service.show_metrics))
     if settings.playground:
+        scripts = sorted(file.name for file in STATIC.glob("*.js"))
         routes += [
             static_route("/", "playground.html", "text/html"),
             static_route("/playground.css", "playground.css", "text/css"),
-            *(static_route(f"/{x.name}", x.name, "text/javascript") for x in STATIC.glob("*.js")),
+            *(static_route(f"/{name}", name, "text/javascript") for name in scripts),
         ]
     return routes
 

@@ -98,7 +98,7 @@ class ClientStream(ABC):
         self._timer: asyncio.Handle = self._loop.call_soon(self._check_deadlines)
         if self._connection.disconnected:
             self.abort("client_disconnected")
-        # A cancel scope would do, but takes ten times as long.
+        # A cancel scope would do the same at a higher cost.
         self._task = asyncio.current_task()
         try:
             if self.end is None:
@@ -136,7 +136,7 @@ class ClientStream(ABC):
 
     @abstractmethod
     async def _relay(self) -> None:
-        """Write events until the stream ends, and set `_end`. Cancelled by `abort`."""
+        """Write events until the stream ends, and set `end`. Cancelled by `abort`."""
 
     @abstractmethod
     async def _finish(self, end: End | None) -> End:

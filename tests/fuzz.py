@@ -27,7 +27,7 @@ from tests.conftest import running_service
 STATUSES = {200, 204, 400, 401, 404, 405, 408, 409, 413, 415, 422, 429}
 # The HTTP server's own 400, which has no request id.
 SERVER_400 = re.compile(rb"\r\ncontent-type: text/plain", re.IGNORECASE)
-# Appended to the bytes. It ends an unfinished request, or asks the server to close the connection.
+# Appended to the bytes. It ends an unfinished request, or has the server close the connection.
 FINAL_REQUEST = b"\r\n\r\nGET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 REQUEST_ID = re.compile(rb"\r\nx-request-id: [A-Za-z0-9._:+/=-]{1,128}\r\n", re.IGNORECASE)
 KEY = "key-0123456789abcdefghij"

@@ -700,7 +700,8 @@ async def test_nginx_and_tinyproxy_are_understood(transport: HTTPTransport, tmp_
         daemon off; master_process off; pid {tmp_path}/pid; error_log stderr; events {{}}
         http {{ access_log off; client_body_temp_path {tmp_path}; server {{
             listen 127.0.0.1:{ports[0]};
-            location / {{ error_page 405 =200 /body; root {tmp_path}; }} }} }}"""
+            location / {{
+                root {tmp_path}; try_files /body =404; error_page 405 =200 /body; }} }} }}"""
     (tmp_path / "nginx.conf").write_text(nginx)
     proxy = f"Port {ports[1]}\nListen 127.0.0.1\nTimeout 60\nAllow 127.0.0.1\n"
     (tmp_path / "proxy.conf").write_text(proxy)

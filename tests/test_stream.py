@@ -650,7 +650,7 @@ async def test_store_that_does_not_respond_is_given_up() -> None:
     scenario.storing = anyio.sleep_forever
     await scenario.run()
     assert now() == 1.0 + FINISH_SECONDS
-    # A client that is told `done` relies on the turn.
+    # A client that gets `done` relies on the turn.
     assert scenario.events[-1]["error"]["code"] == "state_unavailable"
 
 
